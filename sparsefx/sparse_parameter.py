@@ -8,8 +8,10 @@ It holds no reference to the parameter itself: the owner's current Parameter is 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,8 @@ class SparseParameter:
         dormant: the values n of the weights that do not participate, zero elsewhere, in the parameter's shape and
             dtype; None where the algorithm keeps none.
         threshold: the last magnitude threshold, a hint for the next search that never changes its result.
+        runtime: the MaskRuntime that moves this mask, if one does; not copied and not pickled.
+        loading: True while a state_dict that holds the parameter is being loaded.
     """
 
     pattern: Pattern
@@ -38,7 +42,12 @@ class SparseParameter:
     reduction_axis: int
     mask: Tensor
     dormant: Tensor | None = None
-    threshold: float | None = field(default=None, compare=False)
+    threshold: float | None = None
+    runtime: weakref.ReferenceType[Any] | None = field(default=None, repr=False)
+    loading: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "runtime": None, "loading": False}
 
     def follow(self, weight: Tensor) -> None:
         """Bring mask and dormant values to the weight's device, dtype and memory layout, where the user moved it."""

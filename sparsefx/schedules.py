@@ -1,0 +1,34 @@
+"""Values that change over training, as plain functions of the step (1 is the first step)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sparsefx.errors import OptionError
+
+DensitySchedule = Callable[[int], float]
+
+
+def constant(density: float) -> DensitySchedule:
+    """The same density at every step."""
+    return lambda step: density
+
+
+def cubic(start: float, end: float, *, first_step: int, last_step: int) -> DensitySchedule:
+    """Density from ``start`` at ``first_step`` to ``end`` at ``last_step`` along a cube: fast at first, slow at the end.
+
+    The schedule of gradual magnitude pruning (Zhu and Gupta 2018, equation 1), written for densities.
+
+    Raises:
+        OptionError: a density outside (0, 1], or an empty range of steps.
+    """
+    if not (0 < start <= 1 and 0 < end <= 1):
+        raise OptionError(f"densities {start!r} to {end!r} were given; expected numbers in (0, 1]")
+    if last_step <= first_step:
+        raise OptionError(f"steps {first_step} to {last_step} were given; expected first_step < last_step")
+
+    def density(step: int) -> float:
+        left = 1 - min(max((step - first_step) / (last_step - first_step), 0.0), 1.0)
+        return end + (start - end) * left**3
+
+    return density

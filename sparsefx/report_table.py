@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 _NUMBER = re.compile(r"\d+")
+# In a module path: numbers of every part but the last, which tells layers of one block apart (conv1, conv2), unless that
+# part is nothing but a number.
+_PATH_NUMBER = re.compile(r"\d+(?=.*\.)|(?<![^.])\d+$")
 _WIDTH = 132
 # A model with more layers than this is shown with one row for each kind of block.
 _ROWS_SHOWN_ONE_BY_ONE = 40
@@ -35,6 +38,7 @@ def as_text(audit: Audit, width: int = _WIDTH) -> str:
 
 def renderables(audit: Audit) -> Iterator[RenderableType]:
     """The parts of the text, for a rich console of any width."""
+    from rich.padding import Padding
     from rich.text import Text
 
     yield Text(headline(audit), style="bold")
@@ -46,12 +50,12 @@ def renderables(audit: Audit) -> Iterator[RenderableType]:
         if reasons:
             yield Text(heading, style="bold")
             for share, reason, names in reasons:
-                yield Text(f"  {share}: {reason} {names}")
+                yield Padding(Text(f"{share}: {reason} {names}"), (0, 0, 0, 2))
     if audit.unseen:
         more = len(audit.unseen) - _UNSEEN_SHOWN
         names = ", ".join(audit.unseen[:_UNSEEN_SHOWN]) + (f" and {more} more" if more > 0 else "")
         yield Text("Weights that no call was seen to use", style="bold")
-        yield Text(f"  {names}: pass example_inputs that reach them")
+        yield Padding(Text(f"{names}: pass example_inputs that reach them"), (0, 0, 0, 2))
 
 
 def headline(audit: Audit) -> str:
@@ -99,21 +103,22 @@ def _table(audit: Audit) -> RenderableType:
     headers = ["weight", "layers", "kind", "shape", "density", "empty", "FLOPs", "share", "rung", "sparse?"]
     if not together:
         headers.remove("layers")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    longest = min(44, max(len(fold_names([layer.name for layer in layers])) for layers in rows))
     for header in headers:
         table.add_column(
             header,
             justify="right" if header in numbers else "left",
             no_wrap=header in numbers,
             overflow="fold",
-            ratio=None,
+            min_width=longest if header == "weight" else None,
             max_width=36 if header == "sparse?" else None,
         )
     for layers in rows:
         totals = sum_up(layers)
         first = layers[0]
         cells = {
-            "weight": fold([layer.name for layer in layers]),
+            "weight": fold_names([layer.name for layer in layers]),
             "layers": str(len(layers)),
             "kind": first.kind,
             "shape": shapes(layers),
@@ -129,7 +134,12 @@ def _table(audit: Audit) -> RenderableType:
 
 
 def _block_key(layer: LayerReport) -> Hashable:
-    return shape_of_text(layer.name), layer.kind, layer.sparse, layer.pattern, shape_of_text(layer.reason), layer.flops is None
+    reason = _NUMBER.sub("#", layer.reason)
+    return _place(layer), layer.kind, layer.sparse, layer.pattern, reason, layer.flops is None
+
+
+def _place(layer: LayerReport) -> str:
+    return _PATH_NUMBER.sub("#", layer.name)
 
 
 def group(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[Item]]:
@@ -140,16 +150,16 @@ def group(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[list[I
     return list(found.values())
 
 
-def shape_of_text(text: str) -> str:
-    """The text with every number replaced by one sign: equal for the same place in repeated blocks."""
-    return _NUMBER.sub("#", text)
+def fold_names(names: Sequence[str]) -> str:
+    """Names of the same place in repeated blocks, as one: ``layer1.0.conv2`` ... -> ``layer[1-4].[0-2].conv2``."""
+    return fold(names, _PATH_NUMBER)
 
 
-def fold(texts: Sequence[str]) -> str:
-    """Texts that differ in their numbers only, as one: ``layer1.0.conv2`` ... -> ``layer[1-4].[0-2].conv2``."""
-    numbers = [[int(number) for number in _NUMBER.findall(text)] for text in texts]
+def fold(texts: Sequence[str], number: re.Pattern[str] = _NUMBER) -> str:
+    """Texts that differ in their numbers only, as one."""
+    numbers = [[int(found) for found in number.findall(text)] for text in texts]
     columns = iter(list(zip(*numbers, strict=True)))
-    return _NUMBER.sub(lambda match: fold_numbers(next(columns), brackets="[]", alone=match.group()), texts[0])
+    return number.sub(lambda match: fold_numbers(next(columns), brackets="[]", alone=match.group()), texts[0])
 
 
 def fold_numbers(numbers: Sequence[int], *, brackets: str = "", alone: str = "") -> str:
@@ -175,7 +185,7 @@ def shapes(layers: Sequence[LayerReport]) -> str:
 
 def examples(layers: Sequence[LayerReport]) -> str:
     """In parentheses the names of some layers, repeated blocks folded."""
-    names = [fold([row.name for row in rows]) for rows in group(layers, lambda layer: shape_of_text(layer.name))]
+    names = [fold_names([row.name for row in rows]) for rows in group(layers, _place)]
     return f"({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
 
 
@@ -195,7 +205,12 @@ def quantity(number: float) -> str:
 
 def percent(part: float, whole: float) -> str:
     """A share, with one digit after the point: ``98.2 %``."""
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+    if not whole:
+        return "-"
+    share = 100 * part / whole
+    if 0 < share < 0.05:
+        return "< 0.1 %"
+    return "> 99.9 %" if 99.95 <= share < 100 else f"{share:.1f} %"
 
 
 def _share_of(rows: Sequence[LayerReport], whole: Totals) -> str:
@@ -228,5 +243,5 @@ def hardware_reasons(audit: Audit) -> list[tuple[str, str, str]]:
 
 
 def _reasons(audit: Audit, layers: Sequence[LayerReport], reason: Callable[[LayerReport], str]) -> list[tuple[str, str, str]]:
-    alike = _weightiest_first(group(layers, lambda layer: shape_of_text(reason(layer))))
+    alike = _weightiest_first(group(layers, lambda layer: _NUMBER.sub("#", reason(layer))))
     return [(_share_of(rows, audit.totals), fold([reason(row) for row in rows]), examples(rows)) for rows in alike]

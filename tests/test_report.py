@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sparsefx import html
 from sparsefx.errors import ExportError
 from sparsefx.report import Audit, LayerReport
-from sparsefx.report_table import as_text, fold, percent, quantity
+from sparsefx.report_table import as_text, fold, fold_names, percent, quantity
 
 
 def layer(name: str, *, sparse: bool = True, flops: int | None = 1000, reason: str = "", **other: object) -> LayerReport:
@@ -113,7 +113,7 @@ def test_brackets_in_names_are_text_and_not_console_markup() -> None:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["layer1.0.conv", "layer2.1.conv", "layer3.2.conv"], "layer[1-3].[0-2].conv"),
+        (["layer1.0.conv2", "layer2.1.conv2", "layer3.2.conv2"], "layer[1-3].[0-2].conv2"),
         (["a.1", "a.1"], "a.1"),
         (["a.07"], "a.07"),
         (["a.1", "a.5"], "a.[1,5]"),
@@ -121,8 +121,8 @@ def test_brackets_in_names_are_text_and_not_console_markup() -> None:
         (["plain"], "plain"),
     ],
 )
-def test_fold(names: list[str], expected: str) -> None:
-    assert fold(names) == expected
+def test_fold_names(names: list[str], expected: str) -> None:
+    assert fold_names(names) == expected
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1))
@@ -132,8 +132,15 @@ def test_fold_holds_the_smallest_and_the_largest_number(numbers: list[int]) -> N
     assert (min(found), max(found)) == (min(numbers), max(numbers))
 
 
+def test_layers_of_one_block_are_not_folded_together() -> None:
+    names = [f"layer{stage}.{block}.conv{index}" for stage in range(1, 5) for block in range(4) for index in (1, 2, 3)]
+    text = str(Audit(tuple(layer(name) for name in names)))
+    assert all(f"layer[1-4].[0-3].conv{index} " in text for index in (1, 2, 3))
+
+
 def test_quantities() -> None:
     assert [quantity(number) for number in (0, 999, 25_557_032, 999_999, 4.1e9)] == ["0", "999", "25.6 M", "1 M", "4.1 G"]
+    assert [percent(part, 10_000) for part in (0, 1, 5000, 9999, 10_000)] == ["0.0 %", "< 0.1 %", "50.0 %", "> 99.9 %", "100.0 %"]
     assert percent(1, 0) == "-"
 
 

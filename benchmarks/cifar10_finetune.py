@@ -71,9 +71,7 @@ def save(path: Path, content: Any) -> None:
 def train(model: nn.Module, variant: str, seed: int, images: Tensor, labels: Tensor, folder: Path, device: str) -> nn.Module:
     """Fine-tune ``model`` in place, resuming from the checkpoint in ``folder`` where there is one."""
     model.to(device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
-    )
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps_per_epoch = len(images) // BATCH
     total_steps = EPOCHS * steps_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / total_steps)))
@@ -103,7 +101,10 @@ def train(model: nn.Module, variant: str, seed: int, images: Tensor, labels: Ten
             schedule.step()
             total += loss.item()
         seconds = time.perf_counter() - started
-        print(f"{variant:18} seed {seed} epoch {epoch + 1}/{EPOCHS}: loss {total / steps_per_epoch:.4f}, {seconds:.0f} s", flush=True)
+        print(
+            f"{variant:18} seed {seed} epoch {epoch + 1}/{EPOCHS}: loss {total / steps_per_epoch:.4f}, {seconds:.0f} s",
+            flush=True,
+        )
         save(
             path,
             {
@@ -177,8 +178,9 @@ def main() -> None:
         mean = statistics.mean(differences)
         error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
         verdict = "holds" if mean <= bar + error else "does not hold"
-        print(f"{pattern} fine-tuned: {statistics.mean(values):.2f} ({', '.join(f'{value:.1f}' for value in values)}); dense - sparse "
-              f"{mean:+.2f} +- {error:.2f} (bar {bar} + 1 standard error): {verdict}")  # fmt: skip
+        told = ", ".join(f"{value:.1f}" for value in values)
+        print(f"{pattern} fine-tuned: {statistics.mean(values):.2f} ({told})")
+        print(f"  dense - sparse {mean:+.2f} +- {error:.2f}, bar {bar} + 1 standard error: {verdict}")
         model = last[pattern]
         path = folder / f"{pattern.replace(':', '-')}.onnx"
         batch = torch.export.Dim("batch", min=1, max=4096)

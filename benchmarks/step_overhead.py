@@ -102,7 +102,9 @@ def compare(name: str, pattern: str, steps: int, device: str) -> None:
         times = contestant.seconds[3:]
         ratio = statistics.median(times) / baseline
         paired = statistics.median(a / b for a, b in zip(times, contestants[0].seconds[3:], strict=True))
-        line = f"  {contestant.name:55} {1e3 * statistics.median(times):9.1f} ms ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})"
+        line = (
+            f"  {contestant.name:55} {1e3 * statistics.median(times):9.1f} ms ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})"
+        )
         line += f"   ratio of medians {ratio:.3f}, median of paired ratios {paired:.3f}"
         if contestant is sparse:
             line += f"   bar {BAR}: {'met' if ratio <= BAR else 'not met'}"

@@ -84,3 +84,9 @@ def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Spa
             parameter = module._parameters[local_name]
             assert parameter is not None
             yield (f"{module_name}.{local_name}" if module_name else local_name), parameter, record
+
+
+def empty_channels(weight: Tensor, reduction_axis: int) -> int:
+    """How many output channels (along the axis of the first two that is not ``reduction_axis``) hold only zeros."""
+    by_channel = weight.movedim(1 - reduction_axis, 0).flatten(1)
+    return int((by_channel == 0).all(dim=1).sum())

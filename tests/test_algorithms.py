@@ -85,8 +85,9 @@ def test_an_unknown_algorithm_is_named_with_a_close_one() -> None:
 
 def test_cubic_schedule_falls_from_start_to_end() -> None:
     density = schedules.cubic(1.0, 0.1, first_step=10, last_step=20)
-    values = [density(step) for step in range(0, 30)]
-    assert values[:11] == [1.0] * 11 and values[20:] == [0.1] * 10
+    values = [density(step) for step in range(30)]
+    assert values[:11] == [1.0] * 11
+    assert values[20:] == [0.1] * 10
     assert values == sorted(values, reverse=True)
     assert density(15) == pytest.approx(0.1 + 0.9 * 0.125, abs=1e-12)
     with pytest.raises(OptionError):

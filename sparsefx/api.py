@@ -1,0 +1,372 @@
+"""The public functions. Each is thin: it checks what it was given and calls the passes and the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace as replace_fields
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from sparsefx import algorithms, checkpoint, patterns
+from sparsefx.algorithms import Exploit
+from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
+from sparsefx.inputs import with_zeros, without_values
+from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
+from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, analyze
+from sparsefx.passes.insert_masks import masked_graph
+from sparsefx.passes.lower_onnx import ExportReport, lower_onnx
+from sparsefx.patterns import GlobalUnstructured, Pattern
+from sparsefx.report import Audit, LayerReport
+from sparsefx.runtime import MaskRuntime
+from sparsefx.schedules import DensitySchedule
+from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, remove_records, sparse_parameters
+
+Model = TypeVar("Model", bound=nn.Module)
+Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Selection = Selector | Sequence[Selector] | None
+
+
+def sparsify(
+    model: Model,
+    *,
+    pattern: str | Pattern = "2:4",
+    density: float | None = None,
+    algorithm: str = "magnitude",
+    example_inputs: Any = None,
+    include: Selection = None,
+    exclude: Selection = None,
+    eligibility: Eligibility | None = None,
+) -> Model:
+    """Make the eligible Linear and Conv weights of ``model`` sparse, in place, all or nothing.
+
+    The module, its classes, Parameters and state_dict keys stay what they are; each eligible weight now holds
+    participating values and zeros. `attach` makes the masks follow training, `audit` tells what became of each layer.
+
+    Args:
+        model: any module. Its code needs no change.
+        pattern: which masks are allowed, see `patterns.parse`.
+        density: share of weights that participate, where the pattern leaves it free (0.5 by default there).
+        algorithm: how masks are chosen and move: ``"magnitude"`` or ``"static"``.
+        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or a pair of both. With them,
+            weights used outside layer modules and the heads of language models are recognised, and FLOPs counted.
+        include: names, globs, module types or predicates ``(name, module) -> bool`` of the layers to consider.
+        exclude: likewise, of layers to leave dense.
+        eligibility: the rule to use in place of the paper's.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StateError: the model is sparsified already.
+        PatternError, OptionError: unknown pattern or algorithm, or a density that does not fit.
+        EligibilityError: no layer is eligible, or ``include``/``exclude`` match nothing.
+        CaptureError: the model does not run on the example inputs.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+    _expect_module(model, "sparsify")
+    if has_records(model):
+        raise StateError(
+            "sparsify was given a model that is sparsified already; call sparsefx.finalize(model) first to choose again"
+        )
+    chosen = patterns.parse(pattern) if isinstance(pattern, str) else pattern
+    resolved = chosen.resolve_density(density)
+    method = algorithms.find(algorithm)
+    analysis = analyze(
+        model,
+        example_inputs=example_inputs,
+        pattern=chosen,
+        density=resolved,
+        eligibility=eligibility or Eligibility(),
+        include=include,
+        exclude=exclude,
+    )
+    rows = [layer for layer in analysis.layers if layer.sparse]
+    if not rows:
+        raise EligibilityError(_nothing_eligible(analysis))
+    with torch.no_grad():
+        weights = [model.get_parameter(row.parameter).detach() for row in rows]
+        masks_ = _first_masks(chosen, resolved, rows, weights)
+        records = [
+            SparseParameter(
+                pattern=chosen,
+                density=resolved,
+                reduction_axis=row.reduction_axis,
+                mask=torch.empty_like(weight, dtype=torch.bool).copy_(mask),
+                dormant=weight.masked_fill(mask, 0) if method.keeps_dormant else None,
+            )
+            for row, weight, mask in zip(rows, weights, masks_, strict=True)
+        ]
+        inputs = None if example_inputs is None else without_values(example_inputs)
+        # Nothing below can fail: the model changes only now.
+        for row, weight, record in zip(rows, weights, records, strict=True):
+            weight.masked_fill_(~record.mask, 0)
+            module_name, _, local_name = row.parameter.rpartition(".")
+            add_record(model.get_submodule(module_name), local_name, record)
+    checkpoint.watch_loading(model)
+    set_model_record(
+        model,
+        ModelRecord(
+            pattern=chosen.name,
+            density=resolved,
+            algorithm=method.name,
+            layers=analysis.layers,
+            unseen=analysis.unseen,
+            inputs=inputs,
+        ),
+    )
+    return model
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    total_steps: int,
+    rewire_every: int | None = None,
+    scale: float | None = None,
+    exploit: Exploit | None = None,
+    reset_every: int | None = None,
+    fix_after: float | None = None,
+    decay: float | None = None,
+    density_schedule: DensitySchedule | None = None,
+    check_every: int | None = None,
+    replace: bool = False,
+) -> MaskRuntime:
+    """Let the masks of a sparsified model follow ``optimizer.step()``; the training loop stays as it is.
+
+    Args:
+        model: what `sparsify` returned, or a module that contains it (DDP, a compiled module).
+        optimizer: one optimizer or several; each masked parameter is followed by the one that holds it.
+        total_steps: optimizer steps of the whole run; the defaults of other options depend on it.
+        rewire_every: r, steps from one choice of masks to the next (magnitude: 1).
+        scale: s, factor on gradients of weights that do not participate (magnitude: 1).
+        exploit: ``"reset"`` (magnitude's default), ``"fix"``, ``"regularize"`` or ``"none"``.
+        reset_every: z, with ``"reset"`` (1000, in short runs a tenth of ``total_steps``).
+        fix_after: v, with ``"fix"`` (0.5).
+        decay: beta, with ``"regularize"`` (2e-4).
+        density_schedule: step -> density, for patterns whose density is free; see `sparsefx.schedules`.
+        check_every: steps between two looks at the device's NaN flag (100; on CPU each step looks, at no cost).
+        replace: take over parameters that another runtime follows.
+
+    Returns:
+        The runtime. Its ``report()`` has the values in force; its state_dict belongs into checkpoints.
+
+    Raises:
+        StateError: the model is not sparsified, or is followed already.
+        OptimizerError: an optimizer holds none of the masked parameters, or its steps cannot be hooked.
+        OptionError: an option out of range, or without effect.
+    """
+    _expect_module(model, "attach")
+    records = [record for _, record in model_records(model)]
+    if not records:
+        raise StateError("attach was given a model that is not sparsified; call sparsefx.sparsify(model) first")
+    names = sorted({record.algorithm for record in records})
+    if len(names) > 1:
+        raise StateError(f"the parts of this model were sparsified with {', '.join(names)}; attach to each part on its own")
+    method = algorithms.find(names[0])
+    settings = method.settings(
+        total_steps,
+        rewire_every=rewire_every,
+        scale=scale,
+        exploit=exploit,
+        reset_every=reset_every,
+        fix_after=fix_after,
+        decay=decay,
+        check_every=check_every,
+    )
+    if density_schedule is not None:
+        _check_schedule(model, density_schedule, method)
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    if not optimizers:
+        raise OptionError("attach was given no optimizer; expected one, or a list of them")
+    runtime = MaskRuntime(
+        model,
+        optimizers,
+        settings,
+        algorithm=method.name,
+        moves=method.moves,
+        density_schedule=density_schedule,
+        replace=replace,
+    )
+    for record in records:
+        for handle in record.unattached_handles.values():
+            handle.remove()
+        record.unattached_handles.clear()
+    return runtime
+
+
+def graph(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    """The rewritten Program of a sparsified model: a graph with masked ops as nodes, over the same Parameters and masks.
+
+    It runs, and trains on the very parameters of ``model``; outputs and gradients equal the module's bit for bit, in the
+    mode (train or eval) that the model is in now. Without ``example_inputs`` the shapes given to `sparsify` are used,
+    and where there were none, the model is traced without inputs.
+
+    Raises:
+        StateError: the model is not sparsified.
+        CaptureError: the model as a whole cannot be captured as one graph.
+    """
+    _expect_module(model, "graph")
+    if not has_records(model):
+        raise StateError("graph was given a model that is not sparsified; call sparsefx.sparsify(model) first")
+    if example_inputs is None:
+        own = [record for module, record in model_records(model) if module is model]
+        example_inputs = with_zeros(own[0].inputs) if own else None
+    return masked_graph(model, example_inputs)
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks by full parameter name: bool, in the parameter's shape, True where a weight participates (copies)."""
+    _expect_module(model, "masks")
+    return {name: record.mask.clone() for name, _, record in sparse_parameters(model)}
+
+
+def finalize(model: Model) -> Model:
+    """End sparse training, in place: zeros are baked in, masks and dormant values are gone, ordinary layers remain.
+
+    Raises:
+        StateError: the model is not sparsified.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+    _expect_module(model, "finalize")
+    if not has_records(model):
+        raise StateError("finalize was given a model that is not sparsified; there is nothing to bake in")
+    found = list(sparse_parameters(model))
+    for name, parameter, _ in found:
+        _expect_finite(name, parameter.detach())
+    with torch.no_grad():
+        for _, parameter, record in found:
+            weight = parameter.detach()
+            record.follow(weight)
+            weight.masked_fill_(~record.mask, 0)
+    checkpoint.unwatch_loading(model)
+    for module in model.modules():
+        remove_records(module)
+    remove_model_records(model)
+    return model
+
+
+def audit(
+    model: nn.Module,
+    *,
+    pattern: str | Pattern = "2:4",
+    density: float | None = None,
+    example_inputs: Any = None,
+    include: Selection = None,
+    exclude: Selection = None,
+    eligibility: Eligibility | None = None,
+) -> Audit:
+    """Which layers are sparse and why others are not; of a dense model, which would be and why others would not.
+
+    For a sparsified model the decisions are those of `sparsify`, with densities and empty channels as they are now, and
+    the other arguments are not used. Nothing is changed. Raises what `sparsify` raises, but reports a model without any
+    eligible layer instead of refusing it.
+    """
+    _expect_module(model, "audit")
+    own = [record for module, record in model_records(model) if module is model]
+    if own:
+        record = own[0]
+        current = {name: masked for name, _, masked in sparse_parameters(model)}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        layers = tuple(
+            _live(layer, parameters[layer.parameter], current.get(layer.parameter)) if layer.parameter in parameters else layer
+            for layer in record.layers
+        )
+        settings = {"pattern": record.pattern, "density": record.density, "algorithm": record.algorithm}
+        return Audit(layers=layers, unseen=record.unseen, settings=settings, title=type(model).__name__)
+    chosen = patterns.parse(pattern) if isinstance(pattern, str) else pattern
+    resolved = chosen.resolve_density(density)
+    analysis = analyze(
+        model,
+        example_inputs=example_inputs,
+        pattern=chosen,
+        density=resolved,
+        eligibility=eligibility or Eligibility(),
+        include=include,
+        exclude=exclude,
+    )
+    settings = {"pattern": chosen.name, "density": resolved, "sparsified": has_records(model)}
+    return Audit(layers=analysis.layers, unseen=analysis.unseen, settings=settings, title=type(model).__name__)
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | PathLike[str],
+    *,
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+) -> ExportReport:
+    """Write ``model`` as an ONNX file that was checked: patterns, the ONNX checker, and onnxruntime against the model.
+
+    The model is left as it is; a file already at ``path`` is replaced only when every check held.
+
+    Args:
+        model: sparsified, finalized or plain.
+        example_inputs: as for `sparsify`.
+        path: where to write.
+        dynamic_shapes: as for ``torch.export.export``.
+        opset: ONNX opset version; None means the exporter's default.
+
+    Raises:
+        ExportError: torch.export refuses the model, a check fails, or the file cannot be written.
+        StateError: the model is on the meta device.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+    _expect_module(model, "export_onnx")
+    return lower_onnx(model, example_inputs, path, dynamic_shapes=dynamic_shapes, opset=opset)
+
+
+def _expect_module(model: object, caller: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"{caller} was given a {type(model).__name__}; expected a torch.nn.Module")
+
+
+def _expect_finite(name: str, weight: Tensor) -> None:
+    if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(
+            f"{name}: the weight holds NaN or infinity; expected finite values. Load a good checkpoint, or exclude the layer"
+        )
+
+
+def _first_masks(pattern: Pattern, density: float, rows: Sequence[LayerReport], weights: Sequence[Tensor]) -> list[Tensor]:
+    for row, weight in zip(rows, weights, strict=True):
+        _expect_finite(row.name, weight)
+    if isinstance(pattern, GlobalUnstructured):
+        return pattern.masks(weights, density)
+    return [pattern.mask(w, density, reduction_axis=row.reduction_axis) for row, w in zip(rows, weights, strict=True)]
+
+
+def _nothing_eligible(analysis: Analysis) -> str:
+    reasons: dict[str, list[str]] = {}
+    for layer in analysis.layers:
+        reasons.setdefault(layer.reason, []).append(layer.name)
+    told = "; ".join(f"{names[0]}: {reason}" for reason, names in list(reasons.items())[:3])
+    return (
+        f"no layer of this model can be sparse: {told or 'it has no Linear or Conv layer'}. "
+        "sparsefx.audit(model) lists all reasons; widen include, or pass another pattern or eligibility"
+    )
+
+
+def _check_schedule(model: nn.Module, schedule: DensitySchedule, method: algorithms.Algorithm) -> None:
+    if not method.moves:
+        raise OptionError(f"density_schedule was given, but the masks of algorithm {method.name!r} never move")
+    for name, _, record in sparse_parameters(model):
+        if record.pattern.fixed_density is not None:
+            raise OptionError(
+                f"density_schedule was given, but {name} has pattern {record.pattern.name!r}, whose density is always "
+                f"{record.pattern.fixed_density:g}; use a pattern with a free density such as 'unstructured'"
+            )
+        record.pattern.resolve_density(schedule(1))
+
+
+def _live(layer: LayerReport, weight: Tensor, record: SparseParameter | None) -> LayerReport:
+    """The decision stored at sparsify, with density and empty channels as they are now."""
+    if weight.is_meta:
+        return layer
+    density = 1.0 if record is None else float(record.mask.float().mean())
+    return replace_fields(layer, density=density, empty_channels=empty_channels(weight.detach(), layer.reduction_axis))

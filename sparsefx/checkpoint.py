@@ -1,0 +1,90 @@
+"""What happens when a state_dict is loaded into a sparsified model, whatever kind it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefx.patterns import GlobalUnstructured
+from sparsefx.sparse_parameter import SparseParameter, records_of, sparse_parameters
+
+
+def watch_loading(model: nn.Module) -> None:
+    """From now on, loading a state_dict into ``model``, or into a part of it, keeps its masked parameters sparse."""
+    for module in model.modules():
+        if records_of(module):
+            module.register_load_state_dict_pre_hook(_before_loading)
+            module.register_load_state_dict_post_hook(_after_loading)
+    # The hooks of a module run after those of its children, so this one sees all layers loaded.
+    if any(isinstance(record.pattern, GlobalUnstructured) for _, _, record in sparse_parameters(model)):
+        model.register_load_state_dict_post_hook(_after_loading_all)
+
+
+def unwatch_loading(model: nn.Module) -> None:
+    """Undo `watch_loading`, in a copy or an unpickled model too (where the handles that torch gave are lost)."""
+    ours = (_before_loading, _after_loading, _after_loading_all)
+    for module in model.modules():
+        for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in ours]:
+                del hooks[key]
+
+
+def _before_loading(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: Any, missing: Any, odd: Any, errors: Any
+) -> None:
+    for local_name, record in records_of(module).items():
+        record.loading = prefix + local_name in state_dict
+
+
+@torch.no_grad()
+def _after_loading(module: nn.Module, incompatible_keys: Any) -> None:
+    for local_name, record in records_of(module).items():
+        parameter = module._parameters[local_name]
+        if record.loading and parameter is not None:
+            _adopt(record, parameter.detach())
+        record.loading = False
+
+
+def _adopt(record: SparseParameter, weight: Tensor) -> None:
+    """Fit the mask to newly loaded values.
+
+    Values that the mask already fits keep it, and the dormant values beside it: that is a resumed run, whose runtime state
+    may have been loaded before. Any others get the mask that `sparsify` would choose for them, so that a sparse checkpoint
+    is kept whole and a dense one loses its smallest weights; what does not participate becomes dormant.
+    """
+    if record.mask.is_meta and not weight.is_meta:
+        record.mask = torch.zeros_like(weight, dtype=torch.bool)
+        record.dormant = None if record.dormant is None else torch.zeros_like(weight)
+    record.follow(weight)
+    if not bool((weight.masked_fill(record.mask, 0) != 0).any()):
+        weight.masked_fill_(~record.mask, 0)  # negative zeros
+        return
+    if isinstance(record.pattern, GlobalUnstructured):
+        kept = weight != 0  # the threshold is one over all layers: it is found when all are loaded
+    else:
+        kept = record.pattern.mask(weight, record.density, reduction_axis=record.reduction_axis)
+    record.mask.copy_(kept)
+    record.threshold = None
+    if record.dormant is not None:
+        record.dormant.copy_(weight.masked_fill(record.mask, 0))
+    weight.masked_fill_(~record.mask, 0)
+
+
+@torch.no_grad()
+def _after_loading_all(model: nn.Module, incompatible_keys: Any) -> None:
+    """One threshold over all layers, where more weights were loaded than may participate."""
+    found = [(p.detach(), record) for _, p, record in sparse_parameters(model) if isinstance(record.pattern, GlobalUnstructured)]
+    if not found or any(record.mask.is_meta for _, record in found):
+        return
+    pattern, density = found[0][1].pattern, found[0][1].density
+    assert isinstance(pattern, GlobalUnstructured)
+    if sum(int(record.mask.sum()) for _, record in found) <= round(density * sum(weight.numel() for weight, _ in found)):
+        return
+    dense = [weight if record.dormant is None else torch.where(record.mask, weight, record.dormant) for weight, record in found]
+    for (weight, record), values, kept in zip(found, dense, pattern.masks(dense, density), strict=True):
+        record.mask.copy_(kept)
+        if record.dormant is not None:
+            record.dormant.copy_(values.masked_fill(kept, 0))
+        weight.copy_(values.masked_fill(~kept, 0))

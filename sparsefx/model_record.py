@@ -1,0 +1,96 @@
+"""What sparsefx remembers of a sparsified model as a whole, in the ``__dict__`` of its root module."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparsefx.report import LayerReport
+from sparsefx.sparse_parameter import records_of, sparse_parameters
+
+_KEY = "_sparsefx_model"
+
+
+@dataclass(eq=False)
+class ModelRecord:
+    """The choices made by ``sparsify``.
+
+    Attributes:
+        pattern: name of the pattern.
+        density: share of weights that participate, as asked for.
+        algorithm: name of the algorithm.
+        layers: the decisions on every Linear/Conv, as they were at sparsify.
+        unseen: parameters that look like weights and were seen by no call.
+        inputs: zeros in the shapes of the example inputs, or None; what `graph` captures with.
+        unattached_handles: hooks that warn of training without a runtime; not copied and not pickled.
+    """
+
+    pattern: str
+    density: float
+    algorithm: str
+    layers: tuple[LayerReport, ...]
+    unseen: tuple[str, ...]
+    inputs: Any = None
+    warned: bool = False
+    unattached_handles: dict[str, RemovableHandle] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "unattached_handles": {}}
+
+
+def model_records(model: nn.Module) -> Iterator[tuple[nn.Module, ModelRecord]]:
+    """The record of ``model``, and those of submodules that were sparsified on their own or later wrapped."""
+    for module in model.modules():
+        record = module.__dict__.get(_KEY)
+        if record is not None:
+            yield module, record
+
+
+def set_model_record(model: nn.Module, record: ModelRecord) -> None:
+    """Put ``record`` at ``model``, and watch for gradients that reach a masked parameter no runtime follows."""
+    model.__dict__[_KEY] = record
+    weak_record = weakref.ref(record)
+    for name, parameter, _ in sparse_parameters(model):
+        if parameter.requires_grad and parameter.is_leaf:
+            hook = _WarnUnattached(weak_record)
+            record.unattached_handles[name] = parameter.register_post_accumulate_grad_hook(hook)
+
+
+def remove_model_records(model: nn.Module) -> None:
+    """Forget everything that `set_model_record` did."""
+    for module, record in list(model_records(model)):
+        for handle in record.unattached_handles.values():
+            handle.remove()
+        del module.__dict__[_KEY]
+
+
+class _WarnUnattached:
+    """Warns once a model: gradients arrive at masked parameters, and no runtime keeps them sparse."""
+
+    def __init__(self, record: weakref.ReferenceType[ModelRecord]) -> None:
+        self._record = record
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, parameter: Tensor) -> None:
+        record = self._record()
+        if record is None or record.warned:
+            return
+        record.warned = True
+        warnings.warn(
+            "this model was sparsified and is being trained, but no MaskRuntime is attached: optimizer steps will fill the "
+            "masked weights. Call sparsefx.attach(model, optimizer, total_steps=...) before training",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def has_records(model: nn.Module) -> bool:
+    """Whether any parameter below ``model`` has a mask."""
+    return any(records_of(module) for module in model.modules())

@@ -1,0 +1,12 @@
+"""Which masks a weight may have, and the best of them for given scores."""
+
+from sparsefx.patterns.base import Pattern
+from sparsefx.patterns.block import Block
+from sparsefx.patterns.channel import Channel
+from sparsefx.patterns.global_unstructured import GlobalUnstructured
+from sparsefx.patterns.n_of_m import NOfM
+from sparsefx.patterns.parse import parse
+from sparsefx.patterns.transposable import Transposable
+from sparsefx.patterns.unstructured import Unstructured
+
+__all__ = ["Block", "Channel", "GlobalUnstructured", "NOfM", "Pattern", "Transposable", "Unstructured", "parse"]

@@ -1,0 +1,316 @@
+"""Lower a model to a verified ONNX file whose N:M weights lie along the axes of the ops that read them."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
+from sparsefx.passes.onnx_check import (
+    FileRunner,
+    check_standard,
+    compare,
+    default_tolerance,
+    first_line,
+    output_names,
+    output_tensors,
+)
+from sparsefx.passes.onnx_inputs import Inputs, normalise_inputs, random_inputs, resized_shapes
+from sparsefx.passes.onnx_names import Source, fold_transposes, make_plain, name_folded, name_outputs, name_sizes, strip_metadata
+from sparsefx.passes.onnx_preserve import preserved
+from sparsefx.passes.onnx_report import ExportedWeight, ExportReport, OutputError
+from sparsefx.passes.onnx_verify import annotate, promises_of, verify_file
+from sparsefx.passes.onnx_write import check_destination, write_checked
+
+OLDEST_OPSET = 18
+_CHATTY = ("torch", "onnxscript", "onnx_ir")
+# Types that onnxruntime has no CPU kernels for, so that a file in them could not be compared with the model.
+_UNCHECKABLE = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def lower_onnx(
+    model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+    tolerance: float | None = None,
+    samples: int = 3,
+    generator: torch.Generator | None = None,
+) -> ExportReport:
+    """Write ``model`` as an ONNX file, verified, or change nothing at all.
+
+    The model runs in eval mode and is left exactly as it was. An earlier file at ``path`` is replaced only when every
+    check held.
+
+    Args:
+        model: with sparse parameters, finalized, or plain. What it promises is verified; the rest is measured.
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a pair of both.
+        path: of the file to write. Above 2 GB the weights go to a second file beside it.
+        dynamic_shapes: as for `torch.export.export`; a text in place of a ``Dim`` names a dynamic size. The file is then
+            compared on a second size too.
+        opset: version of the ONNX operator set, from 18; None means the exporter's default.
+        tolerance: largest error allowed, relative to each output's largest magnitude; None means 1e-4 for float32, 2e-2
+            for float16, 1e-1 for bfloat16, 1e-9 for float64.
+        samples: how many inputs to compare: the example itself, then random ones like it.
+        generator: on the CPU, draws the random inputs; None means a fresh one with a fixed seed.
+
+    Raises:
+        StateError: a parameter is on the meta device.
+        NonFiniteError: a weight holds NaN or infinity.
+        OptionError: ``opset``, ``samples`` or ``tolerance`` is outside its range.
+        CaptureError: the model does not run on the example inputs.
+        ExportError: the model cannot be exported, a promised pattern is not in the file, the file differs from the
+            model, or it cannot be written.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    _check_options(opset, samples, tolerance)
+    destination = Path(path)
+    check_destination(destination)
+    _check_weights(model)
+    inputs = normalise_inputs(example_inputs)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+
+    with preserved(model) as restore:
+        try:
+            outputs = model(*inputs[0], **inputs[1])
+        except Exception as error:
+            raise CaptureError(
+                f"the model does not run on the example inputs ({describe_inputs(inputs)}): {type(error).__name__}: "
+                f"{first_line(error)}; give inputs that model(*args, **kwargs) accepts"
+            ) from error
+        finally:
+            restore()
+        if not output_tensors(outputs):
+            raise ExportError("the model returns no tensor; an ONNX file needs at least one output")
+        try:
+            program = _capture(model, inputs, dynamic_shapes)
+        finally:
+            restore()
+        exported, sources = _translate(program, opset, output_names(outputs), _size_names(program, dynamic_shapes))
+        promises = promises_of(model, program)
+        annotate(exported, sources)
+        if tolerance is None:
+            tolerance = default_tolerance([*model.parameters(), *output_tensors(outputs)])
+        plan = list(_samples(program, inputs, samples, generator))
+        checks: list[str] = []
+        weights: list[ExportedWeight] = []
+        errors: list[list[OutputError]] = []
+
+        def check(file: Path) -> None:
+            check_standard(file)
+            checks.append("onnx.checker with full shape inference")
+            found, texts = verify_file(ir.load(file, format="protobuf"), model, promises, sources)
+            weights.extend(found)
+            checks.extend(texts)
+            runner = FileRunner(file)
+            errors.extend(_compare_all(model, runner, program, plan, restore, tolerance, checks))
+
+        size = write_checked(exported, destination, check)
+
+    worst = [
+        OutputError(rows[0].name, max(row.largest_absolute for row in rows), max(row.largest_relative for row in rows))
+        for rows in zip(*errors, strict=True)
+    ]
+    return ExportReport(
+        path=str(destination),
+        opset=exported.opset_imports[""],
+        bytes=size,
+        initializers=tuple(weights),
+        checks=tuple(checks),
+        outputs=tuple(worst),
+        samples=len(errors),
+        tolerance=tolerance,
+    )
+
+
+def describe_inputs(inputs: Inputs) -> str:
+    """Shapes and dtypes in one line."""
+    leaves = pytree.tree_leaves(inputs)
+    return ", ".join(
+        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)[:40]
+        for leaf in leaves
+    )
+
+
+def _check_options(opset: int | None, samples: int, tolerance: float | None) -> None:
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and (not isinstance(opset, int) or isinstance(opset, bool) or not OLDEST_OPSET <= opset <= newest):
+        raise OptionError(f"opset {opset!r} was given; expected a whole number from {OLDEST_OPSET} to {newest}, or None")
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise OptionError(f"samples {samples!r} was given; expected a whole number of at least 1")
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 <= tolerance < float("inf")):
+        raise OptionError(f"tolerance {tolerance!r} was given; expected a finite number of at least 0, or None")
+
+
+def _check_weights(model: nn.Module) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise StateError(f"{name} is on the meta device, so it has no values to export; load the weights first")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in _UNCHECKABLE:
+            raise ExportError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, for which onnxruntime has no CPU kernels, so the "
+                f"file could not be checked; export model.float() or model.half(): TensorRT can still build it in another precision"
+            )
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise NonFiniteError(f"{name} holds NaN or infinity; an export needs finite weights: load a sound checkpoint")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings, log lines and printed graphs to ourselves: what matters is checked, or raised."""
+    known = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.split(".")[0] in _CHATTY]
+    levels = [(logger, logger.level) for logger in known]
+    try:
+        for logger, _ in levels:
+            logger.setLevel(logging.CRITICAL + 1)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)
+
+
+def _capture(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    try:
+        with _quiet():
+            return torch.export.export(
+                model, inputs[0], inputs[1] or None, dynamic_shapes=_without_names(dynamic_shapes), strict=False
+            )
+    except Exception as error:
+        text = first_line(error)
+        if "pytree" in str(error):
+            remedy = "return and take only tensors, tuples, lists and dicts (in transformers: model.config.use_cache = False)"
+        elif dynamic_shapes is not None and ("onstraint" in str(error) or "dynamic_shapes" in str(error)):
+            remedy = "bound the sizes with torch.export.Dim(name, min=..., max=...), and give examples of at least 2 along them"
+        else:
+            remedy = "make the forward free of branches on tensor values, or export the submodule that is"
+        raise ExportError(f"torch.export refuses the model: {text}; {remedy}") from error
+
+
+def _without_names(spec: Any) -> Any:
+    """``dynamic_shapes`` with each text replaced by a size that torch.export bounds by itself."""
+    if isinstance(spec, str):
+        return torch.export.Dim.DYNAMIC
+    if isinstance(spec, dict):
+        return {key: _without_names(value) for key, value in spec.items()}
+    if type(spec) in (tuple, list):
+        return type(spec)(_without_names(value) for value in spec)
+    return spec
+
+
+def _size_names(program: torch.export.ExportedProgram, dynamic_shapes: Any) -> dict[str, str]:
+    """The exporter's symbol of each dynamic size that was given a text or a named ``Dim``, and that name."""
+    inputs = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    given = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    by_input = dynamic_shapes if isinstance(dynamic_shapes, dict) else dict(zip(given, dynamic_shapes or (), strict=False))
+    names: dict[str, str] = {}
+    for name, spec in by_input.items():
+        value = inputs.get(name)
+        if not isinstance(value, torch.Tensor):
+            continue
+        for axis, size in spec.items() if isinstance(spec, dict) else enumerate(spec or ()):
+            text = size if isinstance(size, str) else getattr(size, "__name__", "")
+            if text and isinstance(value.shape[axis], torch.SymInt):
+                names.setdefault(str(value.shape[axis]), text)
+    return names
+
+
+def _translate(
+    program: torch.export.ExportedProgram, opset: int | None, names: list[str], sizes: dict[str, str]
+) -> tuple[ir.Model, dict[str, Source]]:
+    """The ONNX graph, optimised, its weights under their own names; and what each initializer was made from."""
+    if any(isinstance(value, (bool, int, float, str)) for value in _constant_outputs(program)):
+        raise ExportError("the model returns a Python number or text, and ONNX outputs are tensors; return tensors only")
+    try:
+        with _quiet():
+            translated = torch.onnx.export(program, opset_version=opset, optimize=False, verbose=False)
+            assert translated is not None
+            sources = fold_transposes(translated.model)
+            translated.optimize()
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ExportError(
+            f"the model has no ONNX form: {first_line(cause)}; replace that op in the model, or try a newer opset"
+        ) from error
+    model = translated.model
+    sources = name_folded(model, sources)
+    make_plain(model, sources)
+    strip_metadata(model)
+    name_sizes(model, sizes)
+    name_outputs(model, names)
+    given = model.opset_imports.get("")
+    if given is None or (opset is not None and given != opset):
+        raise ExportError(f"opset {opset} was asked for, and the exporter could only write opset {given}; ask for that one")
+    return model, sources
+
+
+def _constant_outputs(program: torch.export.ExportedProgram) -> list[Any]:
+    return [
+        spec.arg.value
+        for spec in program.graph_signature.output_specs
+        if isinstance(spec.arg, torch.export.graph_signature.ConstantArgument)
+    ]
+
+
+def _samples(
+    program: torch.export.ExportedProgram, inputs: Inputs, samples: int, generator: torch.Generator
+) -> Iterator[tuple[str, list[Inputs]]]:
+    """What to compare: a name and the inputs, with a second choice where the first may not suit the model."""
+    yield "the example inputs", [inputs]
+    for number in range(1, samples):
+        yield f"random sample {number}", [random_inputs(inputs, generator, lambda index: None)]
+    larger, smaller = resized_shapes(program, inputs, 1), resized_shapes(program, inputs, -1)
+    if larger or smaller:
+        yield "another dynamic size", [random_inputs(inputs, generator, shapes.get) for shapes in (larger, smaller) if shapes]
+
+
+def _compare_all(
+    model: nn.Module,
+    runner: FileRunner,
+    program: torch.export.ExportedProgram,
+    plan: list[tuple[str, list[Inputs]]],
+    restore: Any,
+    tolerance: float,
+    checks: list[str],
+) -> Iterator[list[OutputError]]:
+    """Compare every sample. The model itself may refuse random inputs; the example it has to take."""
+    names = program.graph_signature.user_inputs
+    for sample, choices in plan:
+        refusal: Exception | None = None
+        for choice in choices:
+            try:
+                rows = compare(model, runner, choice, names, restore, tolerance, sample)
+            except (ExportError, OSError):
+                raise
+            except Exception as error:
+                refusal = error
+                continue
+            checks.append(f"onnxruntime equals the model on {sample} ({describe_inputs(choice)})")
+            yield rows
+            break
+        else:
+            assert refusal is not None
+            if sample == "another dynamic size":
+                raise ExportError(
+                    f"the shapes are declared dynamic, and the model itself refuses another size: {first_line(refusal)}; "
+                    f"bound the sizes with torch.export.Dim(name, min=..., max=...)"
+                ) from refusal
+            checks.append(f"{sample} left out: the model itself refuses it ({first_line(refusal)})")

@@ -1,0 +1,112 @@
+"""Example inputs for an export: normalised, randomised within what was seen, and resized where shapes are dynamic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]  # comes with torch
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsefx.errors import ExportError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def normalise_inputs(example_inputs: Any) -> Inputs:
+    """Positional and keyword arguments from what a user may give.
+
+    A tensor is the only argument; a mapping holds keyword arguments; a tuple or list holds positional arguments; and
+    a pair of a tuple and a mapping with text keys holds both.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), _keywords(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], (tuple, list)) and isinstance(example_inputs[1], Mapping):
+            return tuple(example_inputs[0]), _keywords(example_inputs[1])
+        return tuple(example_inputs), {}
+    raise ExportError(
+        f"example_inputs is {type(example_inputs).__name__}; expected a tensor, a tuple of positional arguments, a dict of "
+        f"keyword arguments, or a pair (tuple, dict)"
+    )
+
+
+def _keywords(mapping: Mapping[Any, Any]) -> dict[str, Any]:
+    wrong = [key for key in mapping if not isinstance(key, str)]
+    if wrong:
+        raise ExportError(f"example_inputs has the key {wrong[0]!r}; expected the names of forward's arguments")
+    return dict(mapping)
+
+
+def random_like(example: Tensor, generator: torch.Generator, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Random values of the example's dtype and device: normal with its mean and deviation, or integers in its range.
+
+    Args:
+        example: what was given; its values bound the integers, so that indices stay valid.
+        generator: on the CPU, so that the values do not depend on the device.
+        shape: another shape, or None for the example's.
+    """
+    size = tuple(example.shape) if shape is None else shape
+    if example.numel() == 0:
+        return torch.zeros(size, dtype=example.dtype, device=example.device)
+    if example.dtype == torch.bool:
+        drawn = torch.rand(size, generator=generator) < 0.5
+        if bool(example.all()) or not bool(example.any()):
+            drawn = example.flatten()[0].cpu().expand(size).clone()
+        return drawn.to(example.device)
+    if example.is_floating_point() or example.is_complex():
+        real = torch.view_as_real(example) if example.is_complex() else example
+        mean, deviation = real.double().mean().item(), real.double().std(correction=0).item()
+        if not (abs(mean) < float("inf") and 0 < deviation < float("inf")):
+            mean, deviation = 0.0, 1.0
+        drawn = torch.randn((*size, 2) if example.is_complex() else size, generator=generator) * deviation + mean
+        return (torch.view_as_complex(drawn) if example.is_complex() else drawn).to(example.device, example.dtype)
+    low, high = int(example.min()), int(example.max())
+    return torch.randint(low, high + 1, size, generator=generator, dtype=torch.int64).to(example.device, example.dtype)
+
+
+def random_inputs(inputs: Inputs, generator: torch.Generator, resize: Callable[[int], tuple[int, ...] | None]) -> Inputs:
+    """Fresh random values for every tensor among the inputs; ``resize(i)`` gives another shape for the i-th leaf or None."""
+    leaves, structure = pytree.tree_flatten(inputs)
+    drawn = [
+        random_like(leaf, generator, resize(index)) if isinstance(leaf, Tensor) else leaf for index, leaf in enumerate(leaves)
+    ]
+    args, kwargs = pytree.tree_unflatten(drawn, structure)
+    return tuple(args), dict(kwargs)
+
+
+def resized_shapes(program: torch.export.ExportedProgram, inputs: Inputs, step: int) -> dict[int, tuple[int, ...]]:
+    """Shapes with every dynamic size of the program moved by ``step``, by input leaf; empty where nothing can move.
+
+    Sizes stay within the bounds that the program states, and derived sizes (``2 * n``) follow the ones they derive from.
+    """
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    dynamic: list[tuple[int, Tensor, list[Any]]] = []
+    for index, (name, leaf) in enumerate(zip(program.graph_signature.user_inputs, pytree.tree_leaves(inputs), strict=True)):
+        value = placeholders[name].meta.get("val") if isinstance(name, str) and name in placeholders else None
+        if isinstance(value, Tensor) and isinstance(leaf, Tensor) and any(isinstance(s, torch.SymInt) for s in value.shape):
+            dynamic.append((index, leaf, list(value.shape)))
+    moved: dict[Any, int] = {}
+    for _, leaf, sizes in dynamic:
+        for size, actual in zip(sizes, leaf.shape, strict=True):
+            if isinstance(size, torch.SymInt) and len(size.node.expr.free_symbols) == 1:
+                (symbol,) = size.node.expr.free_symbols
+                (now,) = sympy.solve(size.node.expr - actual, symbol) or (None,)
+                bounds = program.range_constraints.get(symbol)
+                if now is None or symbol in moved:
+                    continue
+                target = int(now) + step
+                fits = target >= 1 and (bounds is None or (bool(bounds.lower <= target) and bool(target <= bounds.upper)))
+                moved[symbol] = target if fits else int(now)
+    resized = {
+        index: tuple(int(s.node.expr.subs(moved)) if isinstance(s, torch.SymInt) else int(s) for s in sizes)
+        for index, _, sizes in dynamic
+        if all(s.node.expr.free_symbols <= moved.keys() for s in sizes if isinstance(s, torch.SymInt))
+    }
+    if len(resized) != len(dynamic) or all(tuple(leaf.shape) == resized[index] for index, leaf, _ in dynamic):
+        return {}
+    return resized

@@ -1,0 +1,286 @@
+"""Find the weights of an ONNX graph: which op reads each, along which axis that op sums, and what pattern it has there.
+
+This is the one place that knows reduction axes in ONNX; both the lowering and the audit of a foreign file use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnx_ir as ir
+
+Array = np.ndarray  # ml_dtypes' bfloat16 included, so the element type stays open
+
+MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+RECURRENT_OPS = ("LSTM", "GRU", "RNN")
+
+# Ops that move, cast or rescale weights without mixing them. Anything else between an initializer and the op that
+# reads it is not followed: the weight is reported as computed in the graph.
+_TRANSPARENT_OPS = frozenset(
+    "Identity Cast Transpose Reshape Flatten Squeeze Unsqueeze Slice Split Concat "
+    "DequantizeLinear QuantizeLinear Constant".split()
+)
+
+# From the most specific to the least; the first that holds is the one reported.
+_MEASURED_PATTERNS = ((2, 4), (4, 8), (8, 16))
+
+
+@dataclass(frozen=True, eq=False)
+class WeightUse:
+    """One weight operand of one op.
+
+    Attributes:
+        op: op type.
+        node: the node's name.
+        operand: index among the node's inputs.
+        value: the operand itself.
+        axis: reduction axis of the operand; None where the op is not known to reduce over it.
+        initializers: names of the floating-point or integer tensors it is made from, in graph order.
+        direct: the op reads the initializer itself, with nothing in front.
+        array: the values the op reads; None where they are not constant or not followed.
+        problem: why ``array`` is None, or what keeps the weight from being a plain one; empty otherwise.
+        groups: of a convolution.
+    """
+
+    op: str
+    node: str
+    operand: int
+    value: ir.Value
+    axis: int | None
+    initializers: tuple[str, ...]
+    direct: bool
+    array: Array | None
+    problem: str
+    groups: int = 1
+
+
+def reduction_axis(node: ir.Node, operand: int, rank: int) -> int | None:
+    """The axis of ``node``'s input ``operand``, of ``rank`` axes, over which the op sums; None where it has none.
+
+    Conv ``[K, C, R, S]`` sums over axis 1, ConvTranspose ``[C, K, R, S]`` over axis 0, MatMul's right side ``[..., K, N]``
+    over the second last axis and its left side over the last, Gemm according to transA and transB, and the
+    weights of LSTM, GRU and RNN, ``[directions, gates * hidden, in]``, over axis 2.
+    """
+    if node.domain not in ("", "ai.onnx"):
+        return None
+    if node.op_type == "Conv":
+        return 1 if operand == 1 else None
+    if node.op_type == "ConvTranspose":
+        return 0 if operand == 1 else None
+    if node.op_type == "Gemm" and operand in (0, 1):
+        transposed = node.attributes.get_int("transA" if operand == 0 else "transB", 0)
+        return (0 if transposed else 1) if operand == 0 else (1 if transposed else 0)
+    if node.op_type == "MatMul" and operand in (0, 1):
+        if rank == 1:
+            return 0
+        return rank - 1 if operand == 0 else rank - 2
+    if node.op_type in RECURRENT_OPS and operand in (1, 2):
+        return 2
+    return None
+
+
+def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
+    """Every constant operand of a matrix product, convolution or recurrent op, in graph order, subgraphs included."""
+    opset = model.opset_imports.get("", 0) or model.opset_imports.get("ai.onnx", 0)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain not in ("", "ai.onnx") or node.op_type not in MATRIX_OPS + RECURRENT_OPS:
+            continue
+        operands = (0, 1) if node.op_type in ("Gemm", "MatMul") else (1, 2) if node.op_type in RECURRENT_OPS else (1,)
+        for operand in operands:
+            if operand >= len(node.inputs) or node.inputs[operand] is None:
+                continue
+            value = node.inputs[operand]
+            assert value is not None
+            names, problem = _origins(value)
+            if not names and not problem:
+                continue  # an activation
+            array = None if problem and "Constant" not in problem else _evaluate(value, opset, {})
+            if array is None and not problem:
+                problem = "its values could not be computed from the file"
+            rank = array.ndim if array is not None else len(value.shape or ())
+            if operand == 0 and rank < 2:
+                continue
+            if problem == "" and array is not None:
+                problem = _asymmetric(value, opset)
+            yield WeightUse(
+                op=node.op_type,
+                node=node.name or "",
+                operand=operand,
+                value=value,
+                axis=reduction_axis(node, operand, rank),
+                initializers=names,
+                direct=value.is_initializer(),
+                array=array,
+                problem=problem,
+                groups=node.attributes.get_int("group", 1) if node.op_type.startswith("Conv") else 1,
+            )
+
+
+def holds(array: Array, axis: int, keep: int, size: int) -> bool:
+    """Whether each aligned group of ``size`` along ``axis`` has at most ``keep`` non-zeros."""
+    length = array.shape[axis]
+    if length % size:
+        return False
+    nonzero = np.moveaxis(array != 0, axis, -1)
+    groups = nonzero.reshape(*nonzero.shape[:-1], length // size, size)
+    return bool((np.count_nonzero(groups, axis=-1) <= keep).all())
+
+
+def broken_groups(array: Array, axis: int, keep: int, size: int) -> tuple[int, int]:
+    """How many aligned groups along ``axis`` have more than ``keep`` non-zeros, and how many there are."""
+    length = array.shape[axis] - array.shape[axis] % size
+    nonzero = np.moveaxis(array != 0, axis, -1)[..., :length]
+    counts = np.count_nonzero(nonzero.reshape(*nonzero.shape[:-1], length // size, size), axis=-1)
+    return int((counts > keep).sum()), int(counts.size)
+
+
+def output_axis(op: str, axis: int, rank: int) -> int:
+    """The axis of a weight that counts the op's outputs, where ``axis`` is the one it sums over."""
+    return 1 - axis if op.startswith("Conv") or rank < 2 else 2 * rank - 3 - axis
+
+
+def measured_pattern(use: WeightUse) -> str:
+    """The N:M pattern that a weight's values have along its reduction axis, or an empty text.
+
+    ``2:4-transposable`` where 2:4 also holds along the axis of the outputs.
+    """
+    array, axis = use.array, use.axis
+    if array is None or axis is None:
+        return ""
+    for keep, size in _MEASURED_PATTERNS:
+        if holds(array, axis, keep, size):
+            if (keep, size) == (2, 4) and array.ndim > 1 and holds(array, output_axis(use.op, axis, array.ndim), 2, 4):
+                return "2:4-transposable"
+            return f"{keep}:{size}"
+    return ""
+
+
+def density_of(array: Array) -> float:
+    """Share of values that are not zero; 0 for an empty tensor."""
+    return float(np.count_nonzero(array != 0)) / array.size if array.size else 0.0
+
+
+def tensor_core_reason(use: WeightUse) -> str:
+    """Why Sparse Tensor Cores would not take this weight, in words; empty where they would.
+
+    The rule is TensorRT's: a plain initializer, 2:4 along the axis the op sums over. On top of it stands the rule of
+    thumb of the tools that prepare weights for it: at least 16 inputs in steps of 16, and outputs in steps of 8.
+    """
+    if use.problem:
+        return use.problem
+    array, axis = use.array, use.axis
+    assert array is not None
+    if axis is None:
+        return f"{use.op} is not known to sum over an axis of this weight"
+    if use.op in RECURRENT_OPS:
+        return f"{use.op} has no sparse kernel; only convolutions and matrix products do"
+    if use.op == "ConvTranspose":
+        return "no sparse kernel for ConvTranspose is documented"
+    if array.dtype.name in ("float64", "complex64", "complex128"):
+        return f"{array.dtype.name} weights have no sparse kernel; export in float32, float16 or bfloat16"
+    inputs = array.shape[axis]
+    if inputs % 4:
+        return f"{inputs} values along axis {axis} are not a multiple of 4"
+    broken, total = broken_groups(array, axis, 2, 4)
+    if broken:
+        return f"not 2:4 along axis {axis}: {broken} of {total} groups of four have more than two non-zeros"
+    if inputs % 16:
+        return f"{inputs} values along axis {axis} are not a multiple of 16"
+    outputs = array.shape[output_axis(use.op, axis, array.ndim)] // use.groups if array.ndim > 1 else 1
+    if outputs % 8:
+        return f"{outputs} outputs{' per group' if use.groups > 1 else ''} are not a multiple of 8"
+    return ""
+
+
+def _origins(value: ir.Value) -> tuple[tuple[str, ...], str]:
+    """Names of the initializers a value is made from, and why it is not a plain weight.
+
+    Both empty: the value depends on the graph's inputs, so it is an activation.
+    """
+    names: list[str] = []
+    problems: list[str] = []
+    seen: set[int] = set()
+
+    def visit(current: ir.Value, data: bool) -> bool:
+        """False where the value is no constant. Only data operands (not shapes, axes, scales) give names."""
+        if id(current) in seen:
+            return True
+        seen.add(id(current))
+        if current.is_initializer():  # in old files an initializer is also listed as an input
+            if data and current.name:
+                names.append(current.name)
+            return True
+        producer = current.producer()
+        if producer is None:
+            return False
+        if producer.op_type == "Constant":
+            if data:
+                names.append(current.name or "")
+                sparse = "sparse_value" in producer.attributes
+                problems.append(
+                    "it is a sparse Constant, which TensorRT rejects; write it as a plain initializer"
+                    if sparse
+                    else "it is a Constant node; sparse kernels take plain initializers only"
+                )
+            return True
+        constant = all(
+            visit(operand, data and (position == 0 or producer.op_type == "Concat"))
+            for position, operand in enumerate(producer.inputs)
+            if operand is not None
+        )
+        if constant and producer.op_type not in _TRANSPARENT_OPS and producer.inputs:
+            problems.append(f"it is computed in the graph by {producer.op_type}, which sparse kernels do not see through")
+        return constant and bool(producer.inputs)
+
+    if not visit(value, True):
+        return (), ""
+    return tuple(names), problems[0] if problems else ""
+
+
+def _evaluate(value: ir.Value, opset: int, known: dict[int, Array | None]) -> Array | None:
+    """The values of a constant behind transparent ops; None where a tensor is missing or an op cannot be evaluated."""
+    if id(value) in known:
+        return known[id(value)]
+    result: Array | None = None
+    producer = value.producer()
+    if value.is_initializer():
+        result = None if value.const_value is None else value.const_value.numpy()
+    elif producer is not None and producer.op_type in _TRANSPARENT_OPS:
+        names = [f"i{index}" if operand is not None else "" for index, operand in enumerate(producer.inputs)]
+        arrays = [None if operand is None else _evaluate(operand, opset, known) for operand in producer.inputs]
+        if all(array is not None for operand, array in zip(producer.inputs, arrays, strict=True) if operand is not None):
+            proto = ir.serde.serialize_node(producer)
+            del proto.input[:], proto.output[:]
+            proto.input.extend(names)
+            proto.output.extend(f"o{index}" for index in range(len(producer.outputs)))
+            graph = onnx.helper.make_graph(
+                [proto],
+                "constant",
+                [onnx.ValueInfoProto(name=name) for name in names if name],
+                [onnx.ValueInfoProto(name=f"o{value.index()}")],
+            )
+            model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset or 18)])
+            try:
+                evaluator = onnx.reference.ReferenceEvaluator(model)
+                result = evaluator.run(None, {name: array for name, array in zip(names, arrays, strict=True) if name})[0]  # type: ignore[index]
+            except Exception:  # a foreign file may hold anything here: the weight is then reported as not followed
+                result = None
+    known[id(value)] = result
+    return result
+
+
+def _asymmetric(value: ir.Value, opset: int) -> str:
+    """A text where an integer weight has a zero point other than zero, which turns its zeros into non-zeros."""
+    producer = value.producer()
+    while producer is not None and producer.inputs and producer.inputs[0] is not None:
+        if producer.op_type in ("DequantizeLinear", "QuantizeLinear") and len(producer.inputs) > 2:
+            zero_point = producer.inputs[2]
+            array = None if zero_point is None else _evaluate(zero_point, opset, {})
+            if array is not None and bool((array != 0).any()):
+                return "its quantisation is asymmetric; sparse kernels need a zero point of zero"
+        producer = producer.inputs[0].producer()
+    return ""

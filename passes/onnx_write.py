@@ -1,0 +1,119 @@
+"""Write an ONNX file so that it appears whole and checked, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from sparsefx.errors import ExportError
+
+# Protobuf refuses messages of 2 GiB; the graph itself needs a little of that.
+LARGEST_SINGLE_FILE = 2**31 - 2**24
+
+
+def tensor_bytes(model: ir.Model) -> int:
+    """Size of all initializers in bytes."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def check_destination(path: Path) -> Path:
+    """The file that ``path`` names, links followed, in an existing writable directory; else an ExportError."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ExportError(f"{path}: this is a directory; give the path of the file to write, such as {path / 'model.onnx'}")
+    if not target.parent.is_dir():
+        raise ExportError(f"{path}: the directory {target.parent} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK) or (target.exists() and not os.access(target, os.W_OK)):
+        raise ExportError(f"{path}: there is no permission to write here; choose another path")
+    return target
+
+
+def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) -> int:
+    """Write ``model``, run ``check`` on the written file, and only then put it in place of ``path``.
+
+    The file is written and synchronised in a temporary directory beside ``path``, which is removed whatever happens,
+    so that an earlier file at ``path`` stays as it was until the new one takes its place in one step. Above
+    `LARGEST_SINGLE_FILE` the weights go to a second file, whose name holds a hash of its content: it never
+    overwrites the data of an earlier export.
+
+    Returns:
+        Bytes written, external data included.
+
+    Raises:
+        ExportError: the file could not be written (no space, no permission), or ``check`` refused it.
+    """
+    target = check_destination(path)
+    directory: Path | None = None
+    placed: Path | None = None
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        # A directory made by mkdtemp is private; the file in it gets the user's own default permissions.
+        temporary = directory / target.name
+        data = _write(model, temporary, external=tensor_bytes(model) > LARGEST_SINGLE_FILE)
+        size = temporary.stat().st_size + (data.stat().st_size if data is not None else 0)
+        check(temporary)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        if data is not None:
+            final = target.parent / data.name
+            if not final.exists():
+                os.replace(data, final)
+                placed = final
+        os.replace(temporary, target)
+        placed = None
+        _synchronise(target.parent)
+        return size
+    except OSError as error:
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "choose another path"
+        raise ExportError(
+            f"{path}: the file could not be written: {error.strerror or error}; {remedy} and export again"
+        ) from error
+    finally:
+        if placed is not None:
+            placed.unlink(missing_ok=True)
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write(model: ir.Model, temporary: Path, *, external: bool) -> Path | None:
+    """Write the model, and beside it, if asked, its data; both are on the disk on return."""
+    if not external:
+        content = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return None
+    digest = hashlib.sha256()
+    for name, value in model.graph.initializers.items():
+        digest.update(name.encode())
+        if value.const_value is not None:
+            digest.update(value.const_value.tobytes())
+    data = temporary.parent / f"{temporary.stem}-{digest.hexdigest()[:12]}.data"
+    # Saving with external data rebinds the initializers to the written file, and puts them back itself.
+    ir.save(model, temporary, format="protobuf", external_data=data.name)
+    for written in (temporary, data):
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
+    return data
+
+
+def _synchronise(directory: Path) -> None:
+    """Make the rename itself durable where the file system can."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

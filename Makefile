@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then echo $$python; break; fi; done)
 WORKERS ?= 2
 BIN := .venv/bin
-SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard sparsefx/ops/*.c)
+SOURCES := pyproject.toml $(wildcard setup.py sparsefx/ops/*.c sparsefx/ops/*.h)
 
 # One thread a worker: two pools of threads on the same cores are slower than none.
 export OMP_NUM_THREADS ?= 1

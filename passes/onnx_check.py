@@ -125,7 +125,7 @@ def _difference(name: str, wanted: Tensor, got: np.ndarray, tolerance: float, sa
             raise ExportError(
                 f"output {name!r} on {sample}: {differing} of {wanted.numel()} whole numbers differ from the model's"
             )
-        return OutputError(name, 0.0, 0.0)
+        return OutputError(name, 0.0, 0.0, float(wanted.abs().max()) if wanted.dtype != torch.bool and wanted.numel() else 1.0)
     if wanted.is_complex():
         wanted = torch.view_as_real(wanted)
     exact, found = wanted.double(), given.double()
@@ -135,7 +135,7 @@ def _difference(name: str, wanted: Tensor, got: np.ndarray, tolerance: float, sa
             f"output {name!r} on {sample}: NaN or infinity stands elsewhere in the file's result than in the model's"
         )
     if not bool(finite.any()):
-        return OutputError(name, 0.0, 0.0)
+        return OutputError(name, 0.0, 0.0, 0.0)
     absolute = float((exact[finite] - found[finite]).abs().max())
     largest = float(exact[finite].abs().max())
     relative = absolute / largest if largest else absolute
@@ -145,7 +145,7 @@ def _difference(name: str, wanted: Tensor, got: np.ndarray, tolerance: float, sa
             f"magnitude, more than the {tolerance:g} allowed; nothing was written (a model that draws random numbers in "
             f"eval mode cannot be checked)"
         )
-    return OutputError(name, absolute, relative)
+    return OutputError(name, absolute, relative, largest)
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:

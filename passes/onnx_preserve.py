@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_CONTAINERS = (dict, list, set)
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 @contextmanager
@@ -31,17 +32,18 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model may draw from
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    evaluating = False
+    modes: list[bool] = []  # of each module while the model is ours; empty before and after
 
     def restore() -> None:
         for module, attributes, containers in saved:
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for container, content in containers:
-                if container != content or list(container) != list(content):
+                if not _same(container, content):
                     _refill(container, content)
-            if evaluating:
-                module.__dict__["training"] = False
+        for (module, *_), mode in zip(saved, modes, strict=False):
+            module.training = mode
+            module.__dict__.pop("_compiled_call_impl", None)  # a compiled forward hides what is to be captured
         with torch.no_grad():
             for tensor, copy in zip(tensors, copies, strict=True):
                 if not torch.equal(tensor, copy):
@@ -53,10 +55,11 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
             torch.backends.mha.set_fastpath_enabled(False)
             with torch.no_grad(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
                 model.eval()
-                evaluating = True
+                modes = [module.training for module, *_ in saved]
+                restore()
                 yield restore
         finally:
-            evaluating = False
+            modes = []
             restore()
             torch.backends.mha.set_fastpath_enabled(fastpath)
             random.setstate(python_state)
@@ -65,7 +68,16 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     """Every plain container among the module's attributes with a shallow copy of its content."""
-    return [(value, value.copy()) for value in module.__dict__.values() if isinstance(value, _CONTAINERS)]
+    return [(value, value.copy()) for value in module.__dict__.values() if type(value) in _CONTAINERS]
+
+
+def _same(container: Any, content: Any) -> bool:
+    """Whether both hold the very same objects in the same order; equality would compare tensors."""
+    if isinstance(container, dict):
+        return _same(list(container), list(content)) and _same(list(container.values()), list(content.values()))
+    if isinstance(container, set):
+        return bool(container == content)
+    return len(container) == len(content) and all(one is other for one, other in zip(container, content, strict=True))
 
 
 def _refill(container: Any, content: Any) -> None:

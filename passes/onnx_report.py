@@ -38,11 +38,13 @@ class OutputError:
         name: of the output in the file.
         largest_absolute: largest ``|model - file|``.
         largest_relative: the same, divided by the largest ``|model|`` of that output in that sample.
+        largest_value: largest ``|model|``; 0 says that the output is zero on every sample, which proves little.
     """
 
     name: str
     largest_absolute: float
     largest_relative: float
+    largest_value: float
 
 
 @dataclass(frozen=True)

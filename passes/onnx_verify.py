@@ -159,17 +159,17 @@ def _keep(promise: Promise, uses: list[WeightUse], sources: dict[str, Source]) -
         return f"{promise.name}: not read in eval mode, so it is not in the file"
     held, other_way = [], []
     for use in uses:
-        if use.array is None:
+        if use.array is None or use.axis is None:
+            problem = use.problem or f"{use.op} has no axis that is known"
             raise ExportError(
-                f"{promise.name}: its {promise.pattern} weights cannot be found in the file: {use.problem} (in front of "
-                f"{use.op} {use.node!r}); use the parameter directly in the layer"
+                f"{promise.name}: its {promise.pattern} weights cannot be found in the file: {problem} (at {use.op} "
+                f"{use.node!r}); use the parameter directly in the layer"
             )
         if promise.group is None:
             _keep_density(promise, use, sources)
             held.append(use)
             continue
         keep, size = promise.group
-        assert use.axis is not None
         source = sources.get(use.initializers[0]) if use.direct else None
         axis = source.permutation[use.axis] if source is not None and source.permutation is not None else None
         if holds(use.array, use.axis, keep, size):

@@ -15,15 +15,21 @@ import onnx_ir as ir
 
 Array = np.ndarray  # ml_dtypes' bfloat16 included, so the element type stays open
 
-MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 RECURRENT_OPS = ("LSTM", "GRU", "RNN")
+
+# Which inputs of an op can be weights.
+_OPERANDS = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "ConvInteger"), (1,)),
+    **dict.fromkeys(("Gemm", "MatMul", "MatMulInteger"), (0, 1)),
+    **dict.fromkeys(RECURRENT_OPS, (1, 2)),
+    "QLinearConv": (3,),
+    "QLinearMatMul": (0, 3),
+}
 
 # Ops that move, cast or rescale weights without mixing them. Anything else between an initializer and the op that
 # reads it is not followed: the weight is reported as computed in the graph.
-_TRANSPARENT_OPS = frozenset(
-    "Identity Cast Transpose Reshape Flatten Squeeze Unsqueeze Slice Split Concat "
-    "DequantizeLinear QuantizeLinear Constant".split()
-)
+_MOVING_OPS = ("Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat")
+_TRANSPARENT_OPS = frozenset((*_MOVING_OPS, "DequantizeLinear", "QuantizeLinear", "Constant"))
 
 # From the most specific to the least; the first that holds is the one reported.
 _MEASURED_PATTERNS = ((2, 4), (4, 8), (8, 16))
@@ -65,32 +71,31 @@ def reduction_axis(node: ir.Node, operand: int, rank: int) -> int | None:
     over the second last axis and its left side over the last, Gemm according to transA and transB, and the
     weights of LSTM, GRU and RNN, ``[directions, gates * hidden, in]``, over axis 2.
     """
-    if node.domain not in ("", "ai.onnx"):
+    op = node.op_type
+    if not _is_standard(node) or operand not in _OPERANDS.get(op, ()):
         return None
-    if node.op_type == "Conv":
-        return 1 if operand == 1 else None
-    if node.op_type == "ConvTranspose":
-        return 0 if operand == 1 else None
-    if node.op_type == "Gemm" and operand in (0, 1):
+    if op in RECURRENT_OPS:
+        return 2
+    if "Conv" in op:
+        return 0 if op == "ConvTranspose" else 1
+    if op == "Gemm":
         transposed = node.attributes.get_int("transA" if operand == 0 else "transB", 0)
         return (0 if transposed else 1) if operand == 0 else (1 if transposed else 0)
-    if node.op_type == "MatMul" and operand in (0, 1):
-        if rank == 1:
-            return 0
-        return rank - 1 if operand == 0 else rank - 2
-    if node.op_type in RECURRENT_OPS and operand in (1, 2):
-        return 2
-    return None
+    if rank == 1:
+        return 0
+    return rank - 1 if operand == 0 else rank - 2
 
 
 def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
-    """Every constant operand of a matrix product, convolution or recurrent op, in graph order, subgraphs included."""
+    """Every constant operand of a matrix product, convolution or recurrent op, in graph order, subgraphs included.
+
+    Ops outside the standard (fused ones that onnxruntime writes) are listed too, with no axis, where they read a constant
+    of two or more axes.
+    """
     opset = model.opset_imports.get("", 0) or model.opset_imports.get("ai.onnx", 0)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.domain not in ("", "ai.onnx") or node.op_type not in MATRIX_OPS + RECURRENT_OPS:
-            continue
-        operands = (0, 1) if node.op_type in ("Gemm", "MatMul") else (1, 2) if node.op_type in RECURRENT_OPS else (1,)
-        for operand in operands:
+        standard = _is_standard(node)
+        for operand in _OPERANDS.get(node.op_type, ()) if standard else range(len(node.inputs)):
             if operand >= len(node.inputs) or node.inputs[operand] is None:
                 continue
             value = node.inputs[operand]
@@ -102,7 +107,7 @@ def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
             if array is None and not problem:
                 problem = "its values could not be computed from the file"
             rank = array.ndim if array is not None else len(value.shape or ())
-            if operand == 0 and rank < 2:
+            if rank < 2 and (operand == 0 or not standard):
                 continue
             if problem == "" and array is not None:
                 problem = _asymmetric(value, opset)
@@ -116,7 +121,7 @@ def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
                 direct=value.is_initializer(),
                 array=array,
                 problem=problem,
-                groups=node.attributes.get_int("group", 1) if node.op_type.startswith("Conv") else 1,
+                groups=node.attributes.get_int("group", 1) if "Conv" in node.op_type else 1,
             )
 
 
@@ -140,7 +145,7 @@ def broken_groups(array: Array, axis: int, keep: int, size: int) -> tuple[int, i
 
 def output_axis(op: str, axis: int, rank: int) -> int:
     """The axis of a weight that counts the op's outputs, where ``axis`` is the one it sums over."""
-    return 1 - axis if op.startswith("Conv") or rank < 2 else 2 * rank - 3 - axis
+    return 1 - axis if "Conv" in op or rank < 2 else 2 * rank - 3 - axis
 
 
 def measured_pattern(use: WeightUse) -> str:
@@ -178,6 +183,8 @@ def tensor_core_reason(use: WeightUse) -> str:
         return f"{use.op} is not known to sum over an axis of this weight"
     if use.op in RECURRENT_OPS:
         return f"{use.op} has no sparse kernel; only convolutions and matrix products do"
+    if use.op in ("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"):
+        return f"{use.op} is not read by TensorRT; write the weight with QuantizeLinear and DequantizeLinear around the plain op"
     if use.op == "ConvTranspose":
         return "no sparse kernel for ConvTranspose is documented"
     if array.dtype.name in ("float64", "complex64", "complex128"):
@@ -194,6 +201,10 @@ def tensor_core_reason(use: WeightUse) -> str:
     if outputs % 8:
         return f"{outputs} outputs{' per group' if use.groups > 1 else ''} are not a multiple of 8"
     return ""
+
+
+def _is_standard(node: ir.Node) -> bool:
+    return node.domain in ("", "ai.onnx")
 
 
 def _origins(value: ir.Value) -> tuple[tuple[str, ...], str]:
@@ -220,12 +231,7 @@ def _origins(value: ir.Value) -> tuple[tuple[str, ...], str]:
         if producer.op_type == "Constant":
             if data:
                 names.append(current.name or "")
-                sparse = "sparse_value" in producer.attributes
-                problems.append(
-                    "it is a sparse Constant, which TensorRT rejects; write it as a plain initializer"
-                    if sparse
-                    else "it is a Constant node; sparse kernels take plain initializers only"
-                )
+                problems.append("it is a Constant node; sparse kernels take plain initializers only")
             return True
         constant = all(
             visit(operand, data and (position == 0 or producer.op_type == "Concat"))

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common
 
@@ -59,12 +61,14 @@ def audit_onnx(path: str | os.PathLike[str]) -> tuple[OnnxWeight, ...]:
     Raises:
         ExportError: the file is missing, is no ONNX file, is cut short, or its external data is missing.
     """
-    model = _load(Path(path))
+    model, sparse = _load(Path(path))
     rows = []
     for use in weight_uses(model):
         array, axis = use.array, use.axis
         shape = () if array is None else tuple(int(size) for size in array.shape)
         reason = tensor_core_reason(use)
+        if not sparse.isdisjoint(use.initializers):
+            reason = "it is stored as a sparse tensor, which TensorRT rejects; write it as a plain initializer"
         note = ""
         if (
             not reason
@@ -94,14 +98,17 @@ def audit_onnx(path: str | os.PathLike[str]) -> tuple[OnnxWeight, ...]:
     return tuple(rows)
 
 
-def _load(path: Path) -> ir.Model:
-    """The model, with every tensor readable, or an ExportError in one line."""
+def _load(path: Path) -> tuple[ir.Model, frozenset[str]]:
+    """The model, with every tensor readable, and the names of what it stores as sparse tensors; or an ExportError."""
     if path.is_dir():
         raise ExportError(f"{path}: this is a directory; give the path of an ONNX file")
     if not path.exists():
         raise ExportError(f"{path}: no such file; give the path of an ONNX file")
     try:
-        model = ir.load(path, format="protobuf")
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        sparse = _densify(proto.graph)
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
     except OSError as error:
         raise ExportError(f"{path}: the file could not be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf's own errors share no base class that is public
@@ -129,7 +136,32 @@ def _load(path: Path) -> ir.Model:
                 raise ExportError(f"{path}: initializer {name!r} cannot be read: {_line(error)}; export it again") from error
     if model.functions:
         ir.passes.common.InlinePass()(model)
-    return model
+    return model, frozenset(sparse)
+
+
+def _densify(graph: onnx.GraphProto) -> set[str]:
+    """Write the graph's sparse tensors out as dense ones, in place, so that their pattern can be measured; their names."""
+    names = {tensor.values.name for tensor in graph.sparse_initializer}
+    graph.initializer.extend(_dense(tensor) for tensor in graph.sparse_initializer)
+    del graph.sparse_initializer[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            for subgraph in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
+                names |= _densify(subgraph)
+            if node.op_type == "Constant" and attribute.name == "sparse_value":
+                attribute.CopyFrom(onnx.helper.make_attribute("value", _dense(attribute.sparse_tensor)))
+                names.add(node.output[0])
+    return names
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+    values, indices = onnx.numpy_helper.to_array(sparse.values), onnx.numpy_helper.to_array(sparse.indices)
+    array = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        array.reshape(-1)[indices] = values
+    else:
+        array[tuple(indices.T)] = values
+    return onnx.numpy_helper.from_array(array, sparse.values.name)
 
 
 def _line(error: Exception) -> str:

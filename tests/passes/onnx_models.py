@@ -1,51 +1,19 @@
-"""Hand-made sparse models for the export tests: a pattern is applied and recorded without any other machinery."""
+"""Sparse models for the export tests: a pattern is applied and recorded without any other machinery."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparsefx.patterns.base import Pattern
+from sparsefx.patterns import parse
 from sparsefx.sparse_parameter import SparseParameter, add_record
-
-
-class HandPattern(Pattern):
-    """N:M along the reduction axis, or the largest half of all weights, by the plainest means."""
-
-    def __init__(self, name: str = "2:4") -> None:
-        self._name = name
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def fixed_density(self) -> float | None:
-        match = re.fullmatch(r"(\d+):(\d+)", self._name)
-        return int(match[1]) / int(match[2]) if match else None
-
-    def refusal(self, shape: Sequence[int], *, reduction_axis: int = 1) -> str | None:
-        return None
-
-    def _mask(self, scores: Tensor, density: float, reduction_axis: int) -> Tensor:
-        match = re.fullmatch(r"(\d+):(\d+)", self._name)
-        if match is None:
-            return scores >= scores.flatten().kthvalue(max(1, round(scores.numel() * (1 - density))))[0]
-        keep, size = int(match[1]), int(match[2])
-        moved = scores.movedim(reduction_axis, -1)
-        groups = moved.reshape(*moved.shape[:-1], -1, size)
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(keep, -1).indices, True)
-        return mask.reshape(moved.shape).movedim(-1, reduction_axis).contiguous()
 
 
 def make_sparse(module: nn.Module, name: str = "weight", *, pattern: str = "2:4", axis: int = 1) -> nn.Module:
     """Apply ``pattern`` to one parameter of ``module``, in place, and record it."""
     parameter = module._parameters[name]
     assert parameter is not None
-    chosen = HandPattern(pattern)
+    chosen = parse(pattern)
     mask = chosen.mask(parameter.detach().float(), reduction_axis=axis)
     with torch.no_grad():
         parameter.mul_(mask)

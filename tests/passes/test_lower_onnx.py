@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_models import HandPattern, make_sparse, randomise_norms, sparsify_by_hand
+from onnx_models import make_sparse, randomise_norms, sparsify_by_hand
 from torch import Tensor, nn
 
 from sparsefx.passes.lower_onnx import lower_onnx
@@ -238,13 +238,23 @@ def test_half_precision_within_its_looser_tolerance(tmp_path: Path) -> None:
     assert [w.pattern for w in report.initializers] == ["2:4", "2:4"]
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "1:4", "4:8"])
-def test_other_patterns_are_verified_too(tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "measured", "density"),
+    [
+        ("unstructured", "", 0.5),
+        ("1:4", "2:4", 0.25),
+        ("4:8", "4:8", 0.5),
+        ("2:4-transposable", "2:4-transposable", 0.5),
+        ("block:1x8", "", 0.5),
+        ("channel", "", 0.5),
+    ],
+)
+def test_other_patterns_are_verified_too(tmp_path: Path, pattern: str, measured: str, density: float) -> None:
     model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
     make_sparse(model[0], pattern=pattern)
     report = lower_onnx(model, torch.randn(2, 32), tmp_path / "m.onnx")
     assert any(check.startswith(f"0.weight: {pattern} in the file") for check in report.checks)
-    assert report.initializers[0].density == pytest.approx(HandPattern(pattern).fixed_density or 0.5, abs=2e-3)
+    assert (report.initializers[0].pattern, report.initializers[0].density) == (measured, pytest.approx(density))
 
 
 def test_a_finalized_model_is_measured(tmp_path: Path) -> None:
@@ -269,6 +279,14 @@ def test_a_layer_that_eval_mode_does_not_read_is_said_to_be_left_out(tmp_path: P
     sparsify_by_hand(model)
     report = lower_onnx(model, torch.randn(2, 16), tmp_path / "m.onnx")
     assert "auxiliary.weight: not read in eval mode, so it is not in the file" in report.checks
+
+
+def test_an_output_that_is_always_zero_is_said_to_prove_little(tmp_path: Path) -> None:
+    model = nn.Linear(16, 8)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    report = lower_onnx(model, torch.randn(2, 16), tmp_path / "m.onnx")
+    assert report.checks[-1] == "output 'output' is zero on every sample, so that comparing it proves little"
 
 
 def test_report_reads_as_a_table(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class Net(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.head = nn.Linear(32, 8).requires_grad_(False)
         self.register_buffer("steps", torch.zeros(()))
-        self.cache: dict[str, Any] = {}
+        self.cache: dict[str, Any] = {"x": torch.zeros(3)}
         self.last: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def snapshot(model: nn.Module) -> Any:
             module.training,
             sorted(module.__dict__),
             {key: id(value) for key, value in module.__dict__.items() if not isinstance(value, bool)},
-            {key: (list(value)) for key, value in module.__dict__.items() if isinstance(value, dict)},
+            {k: [(key, id(v)) for key, v in d.items()] for k, d in module.__dict__.items() if isinstance(d, dict)},
         )
         for name, module in model.named_modules()
     }
@@ -77,7 +77,7 @@ def model() -> Net:
     net = Net().train()
     net.norm.eval()
     net(INPUT).square().sum().backward()
-    net.cache.clear()
+    net.cache["x"] = torch.zeros(3)
     net.last = None
     return net
 
@@ -94,6 +94,15 @@ def test_success_leaves_the_model_as_it_was_too(model: Net, tmp_path: Path) -> N
     lower_onnx(model, INPUT, tmp_path / "m.onnx")
     assert snapshot(model) == before
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_compiled_model_and_compiled_module(model: Net, tmp_path: Path) -> None:
+    wrapped = lower_onnx(torch.compile(model, backend="eager"), INPUT, tmp_path / "wrapped.onnx")
+    model.compile(backend="eager")
+    before = snapshot(model)
+    inside = lower_onnx(model, INPUT, tmp_path / "inside.onnx")
+    assert snapshot(model) == before
+    assert [w.name for w in wrapped.initializers] == [w.name for w in inside.initializers] == ["layer.weight", "head.weight"]
 
 
 def test_an_earlier_file_is_replaced_and_its_permissions_stay(model: Net, old: Path) -> None:

@@ -12,23 +12,36 @@ import torch
 from torch import Tensor
 
 from sparsefx.errors import OptionError
+from sparsefx.ops import native
 from sparsefx.patterns.global_unstructured import GlobalUnstructured
+from sparsefx.patterns.selection import participating
+from sparsefx.patterns.unstructured import Unstructured
 from sparsefx.sparse_parameter import SparseParameter
 
 
 @torch.no_grad()
-def merge(weights: Sequence[Tensor], records: Sequence[SparseParameter], threads: int | None = None) -> None:
+def merge(
+    weights: Sequence[Tensor], records: Sequence[SparseParameter], threads: int | None = None, *, compiled: bool = True
+) -> None:
     """Put the dormant values back, in place: ``weight <- where(mask, weight, dormant)``.
 
     Args:
         weights: detached parameters, holding participating weights and zeros.
         records: one a weight, of its device, dtype and strides (`SparseParameter.follow`). Without dormant values there is
             nothing to put back.
-        threads: of the CPU; None means torch's own number.
+        threads: of the CPU, for compiled kernels; None means torch's own number.
+        compiled: False leaves everything to plain torch.
     """
+    batch = native.Batch()
+    compiled = compiled and native.available()
     for weight, record in zip(weights, records, strict=True):
-        if record.dormant is not None:
+        if record.dormant is None:
+            continue
+        if compiled and native.supports(weight, record):
+            batch.merge(weight, record)
+        else:
             weight.copy_(torch.where(record.mask, weight, record.dormant))
+    batch.run(threads)
 
 
 @torch.no_grad()
@@ -40,6 +53,7 @@ def split(
     rewire: bool = True,
     densities: Sequence[float] | None = None,
     threads: int | None = None,
+    compiled: bool = True,
 ) -> Tensor:
     """Choose masks and split weights into participating and dormant values, in place.
 
@@ -54,27 +68,108 @@ def split(
         dormant_scale: 1 keeps dormant values, 0 sets them to +0.0, ``1 - beta`` lets them decay.
         rewire: False keeps the masks.
         densities: one a record, in place of ``record.density``.
-        threads: of the CPU; None means torch's own number.
+        threads: of the CPU, for compiled kernels; None means torch's own number.
+        compiled: False leaves everything to plain torch.
 
     Returns:
         bool, no dimensions, on the first weight's device: True where any weight was NaN or infinite. The masks of such
         weights have no meaning; `merge` gives the values back all the same, where dormant values are kept.
+
+    Raises:
+        OptionError: dormant_scale is outside [0, 1].
     """
     if not 0 <= dormant_scale <= 1:
         raise OptionError(f"dormant_scale={dormant_scale!r} was given; expected a number from 0 to 1")
     if not weights:
         return torch.zeros((), dtype=torch.bool)
-    chosen = [record.density for record in records] if densities is None else list(densities)
-    flags = [_non_finite(weight) for weight in weights]
+    wanted = [record.density for record in records] if densities is None else list(densities)
+    batch = native.Batch()
+    left = _gather(batch, weights, records, wanted, dormant_scale, rewire) if compiled else list(range(len(weights)))
+    flags = [torch.tensor(batch.run(threads))] if len(left) < len(weights) else []
+    rest = [weights[i] for i in left], [records[i] for i in left], [wanted[i] for i in left]
+    flags += [_non_finite(weight) for weight in rest[0]]
     if dormant_scale != 1:
-        for weight, record in zip(weights, records, strict=True):
+        for weight, record in zip(*rest[:2], strict=True):
             _scale_dormant(weight, record.mask, dormant_scale)
     if rewire:
-        _choose(weights, records, chosen)
-    for weight, record in zip(weights, records, strict=True):
+        _choose(*rest)
+    for weight, record in zip(*rest[:2], strict=True):
         _separate(weight, record)
     device = weights[0].device
-    return torch.stack([flag.to(device, non_blocking=True) for flag in flags]).any()
+    return flags[0].to(device) if len(flags) == 1 else torch.stack([flag.to(device) for flag in flags]).any()
+
+
+@torch.no_grad()
+def rewire_masks(
+    weights: Sequence[Tensor],
+    records: Sequence[SparseParameter],
+    *,
+    densities: Sequence[float] | None = None,
+    threads: int | None = None,
+    compiled: bool = True,
+) -> None:
+    """Choose each record's mask anew for ``|weight|``, in place, and leave weights and dormant values as they are.
+
+    Arguments as for `split`. The weights are not searched for NaN.
+    """
+    wanted = [record.density for record in records] if densities is None else list(densities)
+    batch = native.Batch()
+    left = _gather(batch, weights, records, wanted, 1.0, True, write=False) if compiled else list(range(len(weights)))
+    _choose([weights[i] for i in left], [records[i] for i in left], [wanted[i] for i in left])
+    batch.run(threads)
+
+
+def _gather(
+    batch: native.Batch,
+    weights: Sequence[Tensor],
+    records: Sequence[SparseParameter],
+    densities: Sequence[float],
+    scale: float,
+    rewire: bool,
+    *,
+    write: bool = True,
+) -> list[int]:
+    """Fill ``batch`` with what the compiled kernels can do; the positions of the rest."""
+    if not native.available():
+        return list(range(len(weights)))
+    left: list[int] = []
+    together: dict[float, list[int]] = {}
+    for position, (weight, record) in enumerate(zip(weights, records, strict=True)):
+        pattern = record.pattern
+        if rewire and isinstance(pattern, GlobalUnstructured):
+            together.setdefault(densities[position], []).append(position)
+            continue
+        choice = native.choice_of(pattern, record.reduction_axis, tuple(weight.shape), weight.stride()) if rewire else native.KEEP
+        if not native.supports(weight, record):
+            left.append(position)
+        elif choice is not None:
+            batch.split(weight, record, choice, write=write, scale=_scale_first(weight, record, scale))
+        elif isinstance(pattern, Unstructured) and native.can_select(weight):
+            group = native.Group((weight,), (record,), participating(densities[position], weight.numel()))
+            batch.split_group(group, write=write, scale=_scale_first(weight, record, scale))
+        else:
+            left.append(position)
+    for density, positions in together.items():
+        group_weights, group_records = [weights[i] for i in positions], [records[i] for i in positions]
+        if len({weight.dtype for weight in group_weights}) > 1 or not all(
+            native.supports(weight, record) and native.can_select(weight)
+            for weight, record in zip(group_weights, group_records, strict=True)
+        ):
+            left += positions
+            continue
+        for weight, record in zip(group_weights, group_records, strict=True):
+            rest_of_scale = _scale_first(weight, record, scale)
+        keep = participating(density, sum(weight.numel() for weight in group_weights))
+        batch.split_group(native.Group(group_weights, group_records, keep), write=write, scale=rest_of_scale)
+    return sorted(left)
+
+
+def _scale_first(weight: Tensor, record: SparseParameter, scale: float) -> float:
+    """Do in torch the multiplications of half precision numbers, which the kernels leave out; the scale still to be applied."""
+    if weight.element_size() > 2 or scale in (0, 1):
+        return scale
+    _scale_dormant(weight, record.mask, scale)
+    return 1.0
 
 
 def _non_finite(weight: Tensor) -> Tensor:
@@ -87,7 +182,7 @@ def _scale_dormant(weight: Tensor, mask: Tensor, scale: float) -> None:
         return
     # Half precision is multiplied in float32 and rounded once.
     wide = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(torch.where(mask, weight, weight.to(wide).mul_(scale).to(weight.dtype)))
+    weight.copy_(torch.where(mask, weight, (weight.to(wide) * scale).to(weight.dtype)))
 
 
 def _choose(weights: Sequence[Tensor], records: Sequence[SparseParameter], densities: Sequence[float]) -> None:

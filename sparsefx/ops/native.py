@@ -1,0 +1,226 @@
+"""The compiled merge and split of dense CPU weights (`native.c`), loaded with ctypes; absent where it was not built.
+
+It runs all weights of a model in one call, on threads of its own that end with the call. Magnitudes are compared as bits with
+the sign cleared, which is exact for float16, bfloat16, float32 and float64 alike. Results equal those of plain torch bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsefx.patterns.base import Pattern
+from sparsefx.patterns.n_of_m import NOfM
+from sparsefx.patterns.transposable import Transposable
+from sparsefx.sparse_parameter import SparseParameter
+
+_JOB = struct.Struct("3Q11qd14q")
+_GROUP = struct.Struct("3q2d")
+_FORMATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_KEEP_MASK, _N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD, _MERGE = range(5)
+_MAX_AXES = 6
+_WEIGHTS_PER_THREAD = 1 << 16  # with fewer, starting a thread costs more than it saves
+
+
+class Choice(NamedTuple):
+    """How a mask is chosen: the fields of a job that depend on the pattern and the memory layout alone."""
+
+    kind: int
+    n: int = 0
+    m: int = 0
+    inner: int = 0
+    slow_size: int = 0
+    slow_stride: int = 0
+    fast_size: int = 0
+    transposed: int = 0
+
+
+KEEP = Choice(_KEEP_MASK)
+LARGEST = Choice(_THRESHOLD)
+_MERGED = Choice(_MERGE)
+
+
+class Group(NamedTuple):
+    """Weights among which the ``keep`` largest are chosen together."""
+
+    weights: Sequence[Tensor]
+    records: Sequence[SparseParameter]
+    keep: int
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_native" + suffix)
+        if not path.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+            library.sparsefx_layout.restype = ctypes.c_int64
+            # A library of another version of these sources would misread its input.
+            if library.sparsefx_layout() != _JOB.size * 1000 + _GROUP.size:
+                continue
+            library.sparsefx_run.restype = ctypes.c_int
+            library.sparsefx_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        except (OSError, AttributeError):
+            continue
+        return library
+    return None
+
+
+def available() -> bool:
+    """Whether the compiled library was built for this platform and loads."""
+    return _library() is not None
+
+
+def describe() -> str:
+    """Which implementation of merge and split runs on the CPU, in words."""
+    if available():
+        return "compiled C kernels for dense CPU weights, plain torch for others"
+    return "plain torch (the compiled extension sparsefx.ops._native was not built)"
+
+
+def supports(weight: Tensor, record: SparseParameter) -> bool:
+    """Whether the compiled kernels can work on this weight, its mask and its dormant values."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or weight.dtype not in _FORMATS:
+        return False
+    if weight.layout is not torch.strided or weight.is_neg():
+        return False
+    stride, mask, dormant = weight.stride(), record.mask, record.dormant
+    if mask.device.type != "cpu" or mask.dtype is not torch.bool or mask.stride() != stride or mask.shape != weight.shape:
+        return False
+    if dormant is not None and (
+        dormant.device.type != "cpu" or dormant.dtype is not weight.dtype or dormant.stride() != stride or dormant.is_neg()
+    ):
+        return False
+    return _dense(tuple(weight.shape), stride)
+
+
+@lru_cache(maxsize=4096)
+def choice_of(pattern: Pattern, reduction_axis: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Choice | None:
+    """How the kernels choose masks of this pattern on dense memory of this layout; None where they cannot."""
+    if isinstance(pattern, NOfM) and pattern.m > 1:
+        return Choice(_N_OF_M, n=pattern.n, m=pattern.m, inner=stride[reduction_axis])
+    if isinstance(pattern, Transposable) and (pattern.n, pattern.m) == (2, 4):
+        slow, fast = (0, 1) if stride[0] > stride[1] else (1, 0)
+        return Choice(
+            _TWO_OF_FOUR_BLOCKS,
+            inner=stride[fast],
+            slow_size=shape[slow],
+            slow_stride=stride[slow],
+            fast_size=shape[fast],
+            transposed=slow,
+        )
+    return None
+
+
+def can_select(weight: Tensor) -> bool:
+    """Whether the kernels can break ties in row-major order in this weight's memory."""
+    return weight.is_contiguous() or weight.dim() <= _MAX_AXES
+
+
+@lru_cache(maxsize=4096)
+def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether the elements fill their memory once, in whatever order of axes."""
+    expected = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, stride, strict=True) if size != 1):
+        if step != expected or size == 0:
+            return False
+        expected *= size
+    return True
+
+
+class Batch:
+    """Weights gathered for one call of the library."""
+
+    def __init__(self) -> None:
+        self._jobs: list[bytes] = []
+        self._groups: list[tuple[Group, int]] = []
+        self._changed: list[Tensor] = []
+        self._total = 0
+
+    def merge(self, weight: Tensor, record: SparseParameter) -> None:
+        """Put ``record.dormant`` back."""
+        self._add(weight, record, _MERGED, write=True, scale=1.0)
+
+    def split(self, weight: Tensor, record: SparseParameter, choice: Choice, *, write: bool = True, scale: float = 1.0) -> None:
+        """Choose the mask by `choice_of`, or leave it with ``KEEP``, and, with ``write``, split the weight."""
+        self._add(weight, record, choice, write=write, scale=scale)
+
+    def split_group(self, group: Group, *, write: bool = True, scale: float = 1.0) -> None:
+        """Choose the largest weights of a group, all of one dtype, and, with ``write``, split them."""
+        self._groups.append((group, len(self._jobs)))
+        for weight, record in zip(group.weights, group.records, strict=True):
+            self._add(weight, record, LARGEST, write=write, scale=scale, group=len(self._groups) - 1)
+
+    def _add(
+        self, weight: Tensor, record: SparseParameter, choice: Choice, *, write: bool, scale: float, group: int = -1
+    ) -> None:
+        axes, lengths = 0, (0,) * (2 * _MAX_AXES)
+        if choice.kind == _THRESHOLD and not weight.is_contiguous():
+            axes, filler = weight.dim(), (0,) * (_MAX_AXES - weight.dim())
+            lengths = (*weight.shape, *filler, *weight.stride(), *filler)
+        dormant = record.dormant
+        count = weight.numel()
+        self._jobs.append(
+            _JOB.pack(
+                weight.data_ptr(),
+                record.mask.data_ptr(),
+                0 if dormant is None else dormant.data_ptr(),
+                count,
+                _FORMATS[weight.dtype],
+                *choice,
+                write,
+                scale,
+                group,
+                axes,
+                *lengths,
+            )
+        )
+        self._total += count
+        if write:
+            self._changed.append(weight)
+        if choice.kind != _MERGE:
+            self._changed.append(record.mask)
+            if dormant is not None and write:
+                self._changed.append(dormant)
+
+    def run(self, threads: int | None = None) -> bool:
+        """Do it all. Returns whether NaN or infinity was seen.
+
+        Raises:
+            MemoryError: there was none for the kernels' tables; nothing was changed.
+        """
+        if not self._jobs:
+            return False
+        library = _library()
+        assert library is not None
+        jobs = ctypes.create_string_buffer(b"".join(self._jobs), len(self._jobs) * _JOB.size)
+        groups = ctypes.create_string_buffer(b"".join(map(_pack_group, self._groups)), max(1, len(self._groups) * _GROUP.size))
+        wanted = torch.get_num_threads() if threads is None else threads
+        used = max(1, min(wanted, self._total // _WEIGHTS_PER_THREAD)) if threads is None else wanted
+        result = library.sparsefx_run(jobs, len(self._jobs), groups, len(self._groups), used)
+        if result < 0:
+            raise MemoryError("no memory for the tables of the mask kernels")
+        # Autograd has to notice writes that it did not see.
+        torch.autograd.graph.increment_version([tensor for tensor in self._changed if not tensor.is_inference()])
+        for position, (group, _) in enumerate(self._groups):
+            threshold = _GROUP.unpack_from(groups, position * _GROUP.size)[-1]
+            for record in group.records:
+                record.threshold = None if math.isnan(threshold) else threshold
+        return bool(result)
+
+
+def _pack_group(entry: tuple[Group, int]) -> bytes:
+    group, first = entry
+    hint = group.records[0].threshold
+    return _GROUP.pack(first, len(group.weights), group.keep, math.nan if hint is None else hint, math.nan)

@@ -197,10 +197,10 @@ def tensor_core_reason(use: WeightUse) -> str:
         return f"not 2:4 along axis {axis}: {broken} of {total} groups of four have more than two non-zeros"
     if inputs % 16:
         return f"{inputs} values along axis {axis} are not a multiple of 16"
-    outputs = array.shape[output_axis(use.op, axis, array.ndim)] // use.groups if array.ndim > 1 else 1
-    if outputs % 8:
-        return f"{outputs} outputs{' per group' if use.groups > 1 else ''} are not a multiple of 8"
-    return ""
+    if use.groups > 1:
+        return f"a convolution with {use.groups} groups; sparse kernels take one group"
+    outputs = array.shape[output_axis(use.op, axis, array.ndim)] if array.ndim > 1 else 1
+    return f"{outputs} outputs are not a multiple of 8" if outputs % 8 else ""
 
 
 def _is_standard(node: ir.Node) -> bool:

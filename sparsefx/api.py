@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace as replace_fields
 from os import PathLike
 from typing import Any, TypeVar
@@ -16,9 +16,9 @@ from sparsefx.algorithms import Exploit
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.inputs import with_zeros, without_values
 from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
-from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, analyze
-from sparsefx.passes.insert_masks import masked_graph
-from sparsefx.passes.lower_onnx import ExportReport, lower_onnx
+from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
+from sparsefx.passes.lower_onnx import lower_onnx
+from sparsefx.passes.onnx_report import ExportReport
 from sparsefx.patterns import GlobalUnstructured, Pattern
 from sparsefx.report import Audit, LayerReport
 from sparsefx.runtime import MaskRuntime
@@ -26,8 +26,6 @@ from sparsefx.schedules import DensitySchedule
 from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, remove_records, sparse_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
-Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-Selection = Selector | Sequence[Selector] | None
 
 
 def sparsify(
@@ -216,6 +214,8 @@ def graph(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     if example_inputs is None:
         own = [record for module, record in model_records(model) if module is model]
         example_inputs = with_zeros(own[0].inputs) if own else None
+    from sparsefx.passes.insert_masks import masked_graph
+
     return masked_graph(model, example_inputs)
 
 

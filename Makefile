@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test check bench clean
 
 demo: .venv/.runtime
-	OMP_NUM_THREADS=$(WORKERS) $(BIN)/sparsefx demo --out demo-report $(DEMO)
+	$(BIN)/sparsefx demo --out demo-report $(DEMO)
 
 test: .venv/.development
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(TESTS)

@@ -40,13 +40,15 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        name: for the legend; lines of one name share it and, by order of names, a colour.
+        name: for the legend, in which equal names share an entry.
         points: (x, y) pairs by rising x.
+        colour: 0 to 3; the same thing has the same colour in every chart of a page.
         faint: drawn thin and pale, as for single runs behind their mean.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
+    colour: int = 0
     faint: bool = False
 
 
@@ -71,8 +73,8 @@ def page(title: str, *parts: Markup, subtitle: str = "") -> str:
     )
 
 
-def write_page(path: str | os.PathLike[str], text: str) -> None:
-    """Write a document through a temporary file beside it, so that ``path`` never holds half of one.
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file through a temporary one beside it, so that ``path`` never holds half of it.
 
     Raises:
         ExportError: it cannot be written; a file already there is as before.
@@ -161,7 +163,8 @@ def line_chart(
 ) -> Markup:
     """A line chart as inline SVG with axes, grid lines and a legend.
 
-    ``y_range`` bounds the y axis; without it the axis covers the values. Raises ValueError where no line has points.
+    ``y_range`` bounds the y axis, and lines are cut off there; without it the axis covers the values. Raises ValueError
+    where no line has points.
     """
     points = [point for line in lines for point in line.points]
     if not points:
@@ -177,8 +180,7 @@ def line_chart(
         return left + (x - x_low) / ((x_high - x_low) or 1) * (width - left - right)
 
     def down(y: float) -> float:
-        inside = min(max(y, y_low), y_high)
-        return top + (y_high - inside) / ((y_high - y_low) or 1) * (height - top - bottom)
+        return top + (y_high - y) / ((y_high - y_low) or 1) * (height - top - bottom)
 
     def tick_text(value: float) -> str:
         return f"{value * 100:g}%" if y_percent else f"{value:g}"
@@ -193,15 +195,19 @@ def line_chart(
         for x in x_ticks
         if x_low <= x <= x_high
     ]
-    names = list(dict.fromkeys(line.name for line in lines))
+    colours = {line.name: line.colour for line in lines}
+    # A nested svg cuts off what lies outside of it; two units more leave lines along the edge their full width.
+    frame = (left, top - 2, width - left - right, height - top - bottom + 4)
+    drawn.append('<svg x="{0:g}" y="{1:g}" width="{2:g}" height="{3:g}" viewBox="{0:g} {1:g} {2:g} {3:g}">'.format(*frame))
     for line in sorted(lines, key=lambda one: not one.faint):
-        style = f"line series{names.index(line.name) % 4}" + (" faint" if line.faint else "")
+        style = f"line series{line.colour}" + (" faint" if line.faint else "")
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line.points)
         drawn.append(f'<polyline class="{style}" points="{path}"/>')
+    drawn.append("</svg>")
     drawn.append(
         f'<text class=label text-anchor="middle" x="{(left + width - right) / 2}" y="{height - 6}">{escape(x_label)}</text>'
     )
-    legend = "".join(f"<span class=series{index % 4}>{escape(name)}</span>" for index, name in enumerate(names))
+    legend = "".join(f"<span class=series{colour}>{escape(name)}</span>" for name, colour in colours.items())
     return Markup(
         f"<figure><figcaption>{escape(title)}<span class=unit>{escape(y_label)}</span></figcaption>"
         f'<div class=legend>{legend}</div><svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width:g} {height:g}">'

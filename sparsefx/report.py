@@ -125,10 +125,10 @@ class Audit:
         Raises:
             ExportError: the file cannot be written.
         """
-        from sparsefx.html import write_page
+        from sparsefx.html import write_text
         from sparsefx.report_page import audit_page
 
-        write_page(path, audit_page(self))
+        write_text(path, audit_page(self))
 
     def __str__(self) -> str:
         from sparsefx.report_table import as_text

@@ -207,14 +207,16 @@ def test_a_write_that_fails_midway_leaves_the_old_page_and_no_other_file(
     assert [file.name for file in tmp_path.iterdir()] == ["audit.html"]
 
 
-def test_line_chart_draws_each_line_inside_its_frame() -> None:
-    lines = [html.Line("dense", [(0, 0.1), (10, 0.9)]), html.Line("2:4", [(0, 0.2), (10, 0.8)], faint=True)]
+def test_line_chart_draws_each_line_to_scale_and_cuts_it_off_at_the_frame() -> None:
+    lines = [html.Line("dense", [(0, 0.0), (10, 1.0)]), html.Line("2:4", [(0, 0.5), (5, 1.0)], colour=1, faint=True)]
     chart = html.line_chart("Accuracy", lines, x_label="step", y_label="share", y_percent=True, y_range=(0.5, 1.0))
-    drawn = re.findall(r'points="([^"]+)"', chart)
-    assert len(drawn) == 2
-    points = [tuple(map(float, point.split(","))) for path in drawn for point in path.split()]
-    assert all(0 <= x <= 520 and 0 <= y <= 280 for x, y in points)
+    faint, dense = (
+        [tuple(map(float, point.split(","))) for point in path.split()] for path in re.findall(r'points="([^"]+)"', chart)
+    )
     assert "100%" in chart
+    assert faint == [(52, 240), (280, 10)]
+    assert dense == [(52, 470), (508, 10)]
+    assert '<svg x="52" y="8" width="456" height="234" viewBox="52 8 456 234">' in chart
     with pytest.raises(ValueError, match="no points"):
         html.line_chart("Empty", [], x_label="", y_label="")
 

@@ -1,0 +1,81 @@
+"""Load a state_dict file into a model, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefx.errors import OptionError
+
+# Where training scripts put the weights among other things.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+# What DistributedDataParallel and torch.compile put in front of every name.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load ``path`` into ``model``. Only tensors are read: no code of the file runs.
+
+    Raises:
+        OptionError: the file cannot be read, holds no state_dict, or does not fit the model, which then is as before.
+    """
+    name = os.fspath(path)
+    found = _unwrapped(_read(name), name)
+    for prefix in _PREFIXES:
+        if found and all(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): value for key, value in found.items()}
+    expected = model.state_dict()
+    problems = [
+        f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (
+            ("missing", expected.keys() - found.keys()),
+            ("unexpected", found.keys() - expected.keys()),
+            ("of another shape", {key for key in expected.keys() & found.keys() if _shape(expected[key]) != _shape(found[key])}),
+        )
+        if keys
+    ]
+    if problems:
+        raise OptionError(f"{name} does not fit the model: {'; '.join(problems)}; pass the weights of this very architecture")
+    model.load_state_dict(found)
+
+
+def _read(name: str) -> Any:
+    try:
+        if name.endswith(".safetensors"):
+            try:
+                from safetensors.torch import load_file
+            except ModuleNotFoundError:
+                raise OptionError("safetensors is not installed; install it with: pip install 'sparsefx[zoo]'") from None
+            return load_file(name)
+        return torch.load(name, map_location="cpu", weights_only=True)
+    except OptionError:
+        raise
+    except FileNotFoundError:
+        raise OptionError(f"there is no file {name}; expected a state_dict in .safetensors or .pt") from None
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OptionError(
+            f"{name} cannot be read as a state_dict of tensors: {told}; save it with torch.save(model.state_dict(), ...)"
+        ) from error
+    except Exception as error:
+        # safetensors raises an error class of its own, derived from Exception alone.
+        raise OptionError(f"{name} cannot be read as a state_dict of tensors: {error}; save model.state_dict() again") from error
+
+
+def _unwrapped(content: Any, name: str) -> dict[str, Any]:
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise OptionError(f"{name} holds no state_dict; save it with torch.save(model.state_dict(), ...)")
+    return {str(key): value for key, value in content.items()}
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -25,6 +25,10 @@
 #define ALWAYS_INLINE inline
 #endif
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "masks are written as little-endian words; plain torch does the work on this platform"
+#endif
+
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 enum { KEEP_MASK, N_OF_M, TWO_OF_FOUR_BLOCKS, THRESHOLD, MERGE };
 enum { MAX_AXES = 6, MAX_M = 16 };

@@ -100,15 +100,73 @@ static ALWAYS_INLINE double magnitude_of(const void *weight, int64_t at, int for
     return value * 0x1p112f;
 }
 
-/* `run` consecutive words (or every fourth, from `stride`) into one row of lanes. */
-static ALWAYS_INLINE void gather(const void *weight, int64_t at, int64_t run, int64_t stride, double *restrict lanes, int format)
+/* Bits of 4 x 4 blocks with rows and columns exchanged. */
+static ALWAYS_INLINE int64_t exchanged(int64_t code)
 {
-    if (stride == 4)
-        for (int64_t i = 0; i < run; i++)
-            lanes[i] = magnitude_of(weight, at + 4 * i, format);
-    else
-        for (int64_t i = 0; i < run; i++)
-            lanes[i] = magnitude_of(weight, at + i, format);
+    int64_t near_bits = (code ^ code >> 3) & 0x0a0a;
+    code ^= near_bits | near_bits << 3;
+    int64_t far_bits = (code ^ code >> 6) & 0x00cc;
+    return code ^ (far_bits | far_bits << 6);
+}
+
+/* Blocks of four consecutive words in each of four rows of memory. */
+static ALWAYS_INLINE void packed_blocks(const void *weight, uint8_t *mask, const int64_t rows[4], int64_t start, int64_t lanes,
+                                        double (*restrict v)[LANES], int64_t *restrict codes, int transposed, int format)
+{
+    for (int i = 0; i < 4; i++) {
+        int64_t first = rows[i] + 4 * start;
+        double *restrict a = v[4 * i], *restrict b = v[4 * i + 1], *restrict c = v[4 * i + 2], *restrict d = v[4 * i + 3];
+        if (transposed)
+            a = v[i], b = v[4 + i], c = v[8 + i], d = v[12 + i];
+        for (int64_t k = 0; k < lanes; k++) {
+            a[k] = magnitude_of(weight, first + 4 * k, format);
+            b[k] = magnitude_of(weight, first + 4 * k + 1, format);
+            c[k] = magnitude_of(weight, first + 4 * k + 2, format);
+            d[k] = magnitude_of(weight, first + 4 * k + 3, format);
+        }
+    }
+    best_blocks(v, codes, lanes);
+    if (transposed)
+        for (int64_t k = 0; k < lanes; k++)
+            codes[k] = exchanged(codes[k]);
+    for (int i = 0; i < 4; i++) {
+        uint32_t bytes[LANES];
+        /* The product puts bit j of a row into byte j. */
+        for (int64_t k = 0; k < lanes; k++)
+            bytes[k] = ((uint32_t)(codes[k] >> 4 * i) & 15u) * 0x00204081u & 0x01010101u;
+        memcpy(mask + rows[i] + 4 * start, bytes, (size_t)(4 * lanes));
+    }
+}
+
+/* Blocks of four words that lie `inner` apart in each of four rows: block b is at step b / inner, and at place b % inner. */
+static ALWAYS_INLINE void spread_blocks(const void *weight, uint8_t *mask, const int64_t rows[4], int64_t start, int64_t lanes,
+                                        int64_t inner, double (*restrict v)[LANES], int64_t *restrict codes, int transposed, int format)
+{
+    for (int64_t lane = 0, run; lane < lanes; lane += run) {
+        int64_t step = (start + lane) / inner, place = (start + lane) % inner;
+        run = inner - place < lanes - lane ? inner - place : lanes - lane;
+        for (int i = 0; i < 4; i++) {
+            for (int j = 0; j < 4; j++) {
+                int64_t from = rows[i] + (4 * step + j) * inner + place;
+                double *restrict to = v[transposed ? 4 * j + i : 4 * i + j] + lane;
+                for (int64_t k = 0; k < run; k++)
+                    to[k] = magnitude_of(weight, from + k, format);
+            }
+        }
+    }
+    best_blocks(v, codes, lanes);
+    for (int64_t lane = 0, run; lane < lanes; lane += run) {
+        int64_t step = (start + lane) / inner, place = (start + lane) % inner;
+        run = inner - place < lanes - lane ? inner - place : lanes - lane;
+        for (int i = 0; i < 4; i++) {
+            for (int j = 0; j < 4; j++) {
+                int bit = transposed ? 4 * j + i : 4 * i + j;
+                uint8_t *restrict to = mask + rows[i] + (4 * step + j) * inner + place;
+                for (int64_t k = 0; k < run; k++)
+                    to[k] = (uint8_t)(codes[lane + k] >> bit & 1);
+            }
+        }
+    }
 }
 
 /* Masks of the blocks of four rows of memory, each of `length` words that step by `inner` along the other axis of a block. */
@@ -116,38 +174,14 @@ static ALWAYS_INLINE void four_rows(const void *weight, uint8_t *mask, const int
                                     int transposed, int format)
 {
     double v[16][LANES];
-    int64_t codes[LANES];
+    int64_t codes[LANES], blocks = length / 4;
     memset(v, 0, sizeof v);
-    int64_t blocks = length / 4, done = 0;
-    while (done < blocks) {
-        int64_t lanes = blocks - done < LANES ? blocks - done : LANES;
-        /* Block b of these rows is at step b / inner along the axis, and at place b % inner. */
-        for (int64_t lane = 0, run; lane < lanes; lane += run) {
-            int64_t step = (done + lane) / inner, place = (done + lane) % inner;
-            run = inner == 1 ? lanes : (inner - place < lanes - lane ? inner - place : lanes - lane);
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++)
-                    gather(weight, rows[i] + (4 * step + j) * inner + place, run, inner == 1 ? 4 : 1,
-                           v[transposed ? 4 * j + i : 4 * i + j] + lane, format);
-        }
-        best_blocks(v, codes, lanes);
-        for (int64_t lane = 0, run; lane < lanes; lane += run) {
-            int64_t step = (done + lane) / inner, place = (done + lane) % inner;
-            run = inner == 1 ? lanes : (inner - place < lanes - lane ? inner - place : lanes - lane);
-            for (int i = 0; i < 4; i++) {
-                for (int j = 0; j < 4; j++) {
-                    int bit = transposed ? 4 * j + i : 4 * i + j;
-                    uint8_t *restrict to = mask + rows[i] + (4 * step + j) * inner + place;
-                    if (inner == 1)
-                        for (int64_t k = 0; k < run; k++)
-                            to[4 * k] = (uint8_t)(codes[lane + k] >> bit & 1);
-                    else
-                        for (int64_t k = 0; k < run; k++)
-                            to[k] = (uint8_t)(codes[lane + k] >> bit & 1);
-                }
-            }
-        }
-        done += lanes;
+    for (int64_t start = 0; start < blocks; start += LANES) {
+        int64_t lanes = blocks - start < LANES ? blocks - start : LANES;
+        if (inner == 1)
+            packed_blocks(weight, mask, rows, start, lanes, v, codes, transposed, format);
+        else
+            spread_blocks(weight, mask, rows, start, lanes, inner, v, codes, transposed, format);
     }
 }
 
@@ -155,10 +189,7 @@ static ALWAYS_INLINE void four_rows(const void *weight, uint8_t *mask, const int
     CLONES static void four_rows_##suffix(const void *weight, uint8_t *mask, const int64_t rows[4], int64_t length, int64_t inner,         \
                                           int transposed)                                                                                  \
     {                                                                                                                                      \
-        if (inner == 1)                                                                                                                    \
-            four_rows(weight, mask, rows, length, 1, transposed, format);                                                                  \
-        else                                                                                                                               \
-            four_rows(weight, mask, rows, length, inner, transposed, format);                                                              \
+        four_rows(weight, mask, rows, length, inner, transposed, format);                                                                  \
     }
 FOUR_ROWS(float16, FLOAT16)
 FOUR_ROWS(bfloat16, BFLOAT16)

@@ -29,7 +29,9 @@ class Block(Pattern):
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
-            raise PatternError(f"a block of {self.rows}x{self.columns} was given; expected sides of at least 1, as in 'block:1x8'")
+            raise PatternError(
+                f"a block of {self.rows}x{self.columns} was given; expected sides of at least 1, as in 'block:1x8'"
+            )
         if not self.p >= 1:
             raise PatternError(f"a norm of {self.p} was given for blocks; expected at least 1, or leave it out for the largest")
 

@@ -72,5 +72,6 @@ def _unknown(text: str) -> PatternError:
     close = get_close_matches(text.strip().lower(), _EXAMPLES, n=3, cutoff=0.5)
     meant = f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
     return PatternError(
-        f"unknown pattern {text!r}; {meant}Expected N:M, N:M-transposable, unstructured, unstructured:global, block:RxC or channel"
+        f"unknown pattern {text!r}; {meant}expected "
+        "N:M, N:M-transposable, unstructured, unstructured:global, block:RxC or channel"
     )

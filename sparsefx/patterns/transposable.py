@@ -60,4 +60,5 @@ class Transposable(Pattern):
 
 def _blocks(tensor: Tensor, m: int) -> Tensor:
     """A view ``[m, m, axis 0 / m, axis 1 / m, ...]`` of ``[axis 0, axis 1, ...]``."""
-    return tensor.unflatten(1, (-1, m)).unflatten(0, (-1, m)).movedim((1, 3), (0, 1))
+    blocks: Tensor = tensor.unflatten(1, (-1, m)).unflatten(0, (-1, m))
+    return blocks.movedim((1, 3), (0, 1))

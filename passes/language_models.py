@@ -1,0 +1,57 @@
+"""Which layers of a model with embeddings are its vocabulary projection or classification head.
+
+Where the graph is known (`Program.reads_tokens`), data flow answers. Without it the answer is a rule of thumb on the modules:
+in a model with an nn.Embedding, the Linear that was registered last, outside any list of repeated blocks, is the head unless
+it is square.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sparsefx.layers import known_base
+from sparsefx.program import Program
+
+
+def embedding_parameters(program: Program) -> frozenset[int]:
+    """``id`` of every parameter that an embedding reads, in a module or a functional call."""
+    ids = {id(module.weight) for module in _embeddings(program.model)}
+    parameters = dict(program.model.named_parameters())
+    ids |= {id(parameters[name]) for name, sites in program.call_sites.items() if any(site.op == "embedding" for site in sites)}
+    return frozenset(ids)
+
+
+def vocabulary_sizes(program: Program) -> frozenset[int]:
+    """Row counts of the embeddings; none where the graph shows that no integers are read."""
+    if program.reads_tokens is False:
+        return frozenset()
+    return frozenset(module.num_embeddings for module in _embeddings(program.model))
+
+
+def outside_blocks(program: Program) -> frozenset[int]:
+    """``id`` of the parameters that stand in no nn.ModuleList: repeated blocks are no heads."""
+    inside: set[int] = set()
+    for module in program.model.modules():
+        if isinstance(module, nn.ModuleList):
+            inside.update(id(parameter) for parameter in module.parameters())
+    return frozenset(id(parameter) for parameter in program.model.parameters() if id(parameter) not in inside)
+
+
+def heads(program: Program, outside: frozenset[int]) -> frozenset[int]:
+    """``id`` of the weights of classification heads of a language model."""
+    parameters = dict(program.model.named_parameters())
+    if program.reads_tokens is not None:
+        return frozenset(id(parameters[name]) for name in program.heads)
+    if not _embeddings(program.model):
+        return frozenset()
+    last: nn.Linear | None = None
+    for module in program.model.modules():
+        if isinstance(module, nn.Linear) and known_base(module) is nn.Linear and id(module.weight) in outside:
+            last = module
+    if last is None or last.in_features == last.out_features:
+        return frozenset()
+    return frozenset((id(last.weight),))
+
+
+def _embeddings(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
+    return [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]

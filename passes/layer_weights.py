@@ -1,0 +1,86 @@
+"""Every Linear/Conv weight of a captured model: of known layers, and of parameters that a product was seen to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsefx.layers import known_weights
+from sparsefx.program import CallSite, Program
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """One weight.
+
+    Attributes:
+        name: path of the layer, or the full name of the parameter where the layer has several weights or is none.
+        kind: type of the layer, with the parameter where it has several.
+        full_name: of the parameter, as the layer has it; tied parameters have others too.
+        parameter: None where a parametrization computes the weight.
+        sites: every use that was seen.
+        reduction_axis, groups: as the layer, or the first product, reads it.
+    """
+
+    name: str
+    kind: str
+    full_name: str
+    parameter: nn.Parameter | None
+    sites: tuple[CallSite, ...]
+    reduction_axis: int
+    groups: int
+
+
+def layer_weights(program: Program) -> list[LayerWeight]:
+    """All of them, one for each parameter, in the order of the model's parameters."""
+    first_names = {alias: name for name, aliases in program.aliases.items() for alias in aliases}
+    order: dict[str, int] = {name: index for index, name in enumerate(first_names)}
+    found: dict[str, LayerWeight] = {}
+    first_of_module: dict[str, int] = {}
+    for index, name in enumerate(first_names):
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            first_of_module.setdefault(".".join(parts[:depth]), index)
+    for path, module in program.model.named_modules():
+        for known in known_weights(module):
+            full_name = f"{path}.{known.local_name}" if path else known.local_name
+            name = path if path and known.local_name == "weight" else full_name
+            parameter = module._parameters.get(known.local_name)
+            if parameter is not None:
+                first = first_names[full_name]
+                sites = program.call_sites.get(first, ())
+            elif isinstance(module.__dict__.get(known.local_name), nn.Parameter) or not hasattr(module, known.local_name):
+                continue
+            else:
+                first, sites = full_name, ()
+                order[full_name] = first_of_module.get(path, len(order))
+            if first not in found:
+                found[first] = LayerWeight(
+                    name, known.kind, full_name, parameter, sites, *_reading(sites, known.reduction_axis, known.groups)
+                )
+    parameters = dict(program.model.named_parameters())
+    for name, sites in program.call_sites.items():
+        products = [site for site in sites if site.multiplies]
+        if products and name not in found and parameters[name].ndim >= 2:
+            found[name] = _bare(program.model, name, parameters, products, sites)
+    return [found[first] for first in sorted(found, key=lambda first: order[first])]
+
+
+def _reading(sites: tuple[CallSite, ...], axis: int, groups: int) -> tuple[int, int]:
+    """Reduction axis and groups as the uses have them; what the layer's type says where none was seen."""
+    for site in sites:
+        if site.reduction_axis is not None:
+            return site.reduction_axis, site.groups
+    return axis, groups
+
+
+def _bare(
+    model: nn.Module, name: str, parameters: Mapping[str, nn.Parameter], products: list[CallSite], sites: tuple[CallSite, ...]
+) -> LayerWeight:
+    path, _, local_name = name.rpartition(".")
+    axis = products[0].reduction_axis
+    assert axis is not None
+    kind = f"{type(model.get_submodule(path)).__name__}.{local_name}"
+    return LayerWeight(name, kind, name, parameters[name], sites, axis, products[0].groups)

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 import sparsefx
 
-EPOCHS, BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 2, 128, 0.01, 0.9, 1e-4
+EPOCHS, BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 3, 128, 0.01, 0.9, 1e-4
 BARS = {"2:4": 0.5, "2:4-transposable": 0.8}
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 

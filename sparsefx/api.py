@@ -17,6 +17,7 @@ from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, State
 from sparsefx.inputs import with_zeros, without_values
 from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
+from sparsefx.passes.insert_masks import masked_graph
 from sparsefx.passes.lower_onnx import lower_onnx
 from sparsefx.passes.onnx_report import ExportReport
 from sparsefx.patterns import GlobalUnstructured, Pattern
@@ -214,8 +215,6 @@ def graph(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     if example_inputs is None:
         own = [record for module, record in model_records(model) if module is model]
         example_inputs = with_zeros(own[0].inputs) if own else None
-    from sparsefx.passes.insert_masks import masked_graph
-
     return masked_graph(model, example_inputs)
 
 

@@ -75,6 +75,23 @@ CLONES static void NAME(n_of_m_far)(const WORD *restrict weight, uint8_t *restri
     }
 }
 
+static ALWAYS_INLINE int NAME(any_between)(const WORD *weight, int64_t count, WORD lo, WORD width)
+{
+    WORD any = 0;
+    for (int64_t i = 0; i < count; i++)
+        any |= (WORD)((WORD)((weight[i] & MAGNITUDE) - lo) < width);
+    return any != 0;
+}
+
+static ALWAYS_INLINE void NAME(tally)(const WORD *weight, int64_t count, WORD lo, WORD width, int shift, uint32_t *histogram)
+{
+    for (int64_t i = 0; i < count; i++) {
+        WORD offset = (WORD)((weight[i] & MAGNITUDE) - lo);
+        if (offset < width)
+            histogram[offset >> shift]++;
+    }
+}
+
 /* Counts words at or above lo + width, and adds those in [lo, lo + width) to histogram[(word - lo) >> shift]. */
 CLONES static int64_t NAME(scan)(const WORD *restrict weight, int64_t count, uint64_t window_start, uint64_t window_width, int shift,
                                  uint32_t *restrict histogram)
@@ -93,19 +110,16 @@ CLONES static int64_t NAME(scan)(const WORD *restrict weight, int64_t count, uin
         for (int64_t i = start; i < stop; i++)
             higher = (WORD)(higher + ((weight[i] & MAGNITUDE) >= hi));
         above += (int64_t)higher;
-        for (int64_t block = start; block < stop; block += 64) {
-            int64_t last = block + 64 < stop ? block + 64 : stop;
-            WORD any = 0;
-            for (int64_t i = block; i < last; i++)
-                any |= (WORD)((WORD)((weight[i] & MAGNITUDE) - lo) < width);
-            if (!any)
+        /* Few words are in the window, so whole blocks are passed over, then smaller ones, then single words. */
+        int64_t block = start;
+        for (; block + 64 <= stop; block += 64) {
+            if (!NAME(any_between)(weight + block, 64, lo, width))
                 continue;
-            for (int64_t i = block; i < last; i++) {
-                WORD offset = (WORD)((weight[i] & MAGNITUDE) - lo);
-                if (offset < width)
-                    histogram[offset >> shift]++;
-            }
+            for (int64_t part = block; part < block + 64; part += 16)
+                if (NAME(any_between)(weight + part, 16, lo, width))
+                    NAME(tally)(weight + part, 16, lo, width, shift, histogram);
         }
+        NAME(tally)(weight + block, stop - block, lo, width, shift, histogram);
     }
     return above;
 }

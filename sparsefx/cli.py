@@ -6,11 +6,12 @@ Model libraries and the ONNX tools are imported by the commands that need them, 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,8 +90,7 @@ def audit(
         with _busy(f"building {target}"):
             loaded = load_target(target)
         inputs = _inputs(loaded, input_shape, no_inputs)
-        with _busy(f"auditing {target}"):
-            report = _audited(loaded, inputs, pattern, density, made_up=not (loaded.inputs_given or input_shape))
+        report = _audited(loaded, inputs, pattern, density, made_up=not (loaded.inputs_given or input_shape))
         if html is not None:
             report.to_html(html)
             _note(f"wrote {html}")
@@ -194,12 +194,12 @@ def _stderr() -> Console:
 
 @contextmanager
 def _busy(message: str) -> Iterator[None]:
-    """A moving sign on stderr while something takes long; nothing where stderr is no terminal."""
-    console = _stderr()
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(message):
+    """A moving sign on stderr while something takes long; nothing where stderr is no terminal.
+
+    What libraries print there meanwhile is dropped: torch.export prints the graph so far when it refuses a model.
+    """
+    console = Console(file=sys.stderr)
+    with console.status(message) if console.is_terminal else nullcontext(), redirect_stderr(io.StringIO()):
         yield
 
 
@@ -227,13 +227,16 @@ def _inputs(target: Target, shapes: list[str] | None, no_inputs: bool) -> Any:
 def _audited(target: Target, inputs: Any, pattern: str, density: float | None, *, made_up: bool) -> Audit:
     import sparsefx
 
+    message = f"auditing {target.name}"
     try:
-        return sparsefx.audit(target.model, pattern=pattern, density=density, example_inputs=inputs)
+        with _busy(message):
+            return sparsefx.audit(target.model, pattern=pattern, density=density, example_inputs=inputs)
     except CaptureError as error:
         if inputs is None or not made_up:
             raise
         _note(f"note: the model does not run on made-up inputs ({_first_line(error)}); audited without, pass --input-shape")
-        return sparsefx.audit(target.model, pattern=pattern, density=density)
+        with _busy(message):
+            return sparsefx.audit(target.model, pattern=pattern, density=density)
 
 
 def _first_line(error: Exception) -> str:

@@ -104,7 +104,7 @@ def _table(audit: Audit) -> RenderableType:
     if not together:
         headers.remove("layers")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    longest = min(44, max(len(fold_names([layer.name for layer in layers])) for layers in rows))
+    longest = min(50, max(len(fold_names([layer.name for layer in layers])) for layers in rows))
     for header in headers:
         table.add_column(
             header,

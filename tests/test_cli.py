@@ -35,6 +35,17 @@ def number():
 def broken():
     raise ValueError("no such weights")
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else x
+
+def branches():
+    return Branches(), (torch.rand(2, 32),)
+
 ready = net()
 """
 
@@ -125,6 +136,14 @@ def test_refusals_are_one_line(arguments: tuple[str, ...], told: str, tmp_path: 
 
 def test_wrong_inputs_of_the_users_are_an_error_and_not_replaced() -> None:
     assert "error: " in refused("audit", "my_models:net", "--input-shape", "4x31")
+
+
+def test_a_model_that_export_refuses_is_audited_in_silence_and_not_exported(tmp_path: Path) -> None:
+    result = run("audit", "my_models:branches", "--json")
+    assert result.stderr == ""
+    assert [layer["rung"] for layer in json.loads(result.stdout)["layers"]] == [2]
+    refused("export", "my_models:branches", "--out", "net.onnx")
+    assert not (tmp_path / "net.onnx").exists()
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -27,7 +27,7 @@ from sparsefx.patterns.selection import summation_dtype
 
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 _SHARED = tuple(permutations(range(4), 2))
-_CHUNK_ON_CPU = 1 << 14  # blocks at a time, so that the intermediate values stay in the cache
+_CHUNK_ON_CPU = 1 << 13  # blocks at a time, so that the intermediate values stay in the cache
 _CHUNK_ON_DEVICE = 1 << 22
 
 
@@ -76,7 +76,7 @@ def _best(scores: Tensor) -> Tensor:
     pairs = [torch.stack([row[first] + row[second] for first, second in PAIRS]) for row in wide]
     upper, upper_rows = _best_half(pairs[0], pairs[1], _UPPER, mirrored=False)
     lower, lower_rows = _best_half(pairs[2], pairs[3], _LOWER, mirrored=True)
-    chosen = (upper + lower).argmax(0, keepdim=True)
+    chosen = _first_largest(upper + lower)[1].to(torch.int64)
     rows = torch.cat([half.gather(1, chosen.expand(2, -1, -1)) for half in (upper_rows, lower_rows)])
     return torch.cat([_columns(row) for row in rows]).view(4, 4, -1)
 
@@ -84,22 +84,30 @@ def _best(scores: Tensor) -> Tensor:
 def _best_half(first: Tensor, second: Tensor, shared: tuple[tuple[int, int], ...], *, mirrored: bool) -> tuple[Tensor, Tensor]:
     """For each of the 19 classes, the best sum ``[19, blocks]`` and the pairs of the two rows ``[2, 19, blocks]``."""
     blocks = first.shape[1]
-    number = torch.arange(6, device=first.device).view(6, 1)
+    number = torch.arange(6, device=first.device, dtype=torch.int8).view(6, 1)
     equal = first + second
     equal_rows = number.expand(6, blocks)
     if mirrored:
         equal, equal_rows = equal.flip(0), equal_rows.flip(0)
-    opposite = first + second.flip(0)
-    opposite_pair = opposite.argmax(0, keepdim=True)
+    opposite, opposite_pair = _first_largest(first + second.flip(0))
     straight = torch.stack([first[c] + second[d] for c, d in shared])
     crossed = torch.stack([first[d] + second[c] for c, d in shared])
     cross = crossed > straight
     c_pair = torch.cat([number[c] for c, _ in shared]).view(12, 1)
     d_pair = torch.cat([number[d] for _, d in shared]).view(12, 1)
-    sums = torch.cat([equal, opposite.amax(0, keepdim=True), torch.where(cross, crossed, straight)])
+    sums = torch.cat([equal, opposite, torch.maximum(straight, crossed)])
     first_rows = torch.cat([equal_rows, opposite_pair, torch.where(cross, d_pair, c_pair)])
     second_rows = torch.cat([equal_rows, 5 - opposite_pair, torch.where(cross, c_pair, d_pair)])
     return sums, torch.stack([first_rows, second_rows])
+
+
+def _first_largest(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each column and where it comes first, ``[1, blocks]`` both; torch's own argmax is much slower."""
+    best = sums.amax(0, keepdim=True)
+    last = sums.shape[0] - 1
+    number = torch.arange(last + 1, device=sums.device, dtype=torch.int8).view(-1, 1)
+    # NaN equals nothing; any valid position will do for it.
+    return best, torch.where(sums == best, number, last).amin(0, keepdim=True)
 
 
 def _columns(pair: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ pair fine-tuned on the same batches, is at most 0.5 points + 1 standard error fo
 
     python benchmarks/cifar10_finetune.py --data FOLDER [--depth 20] [--out runs/cifar10_finetune]
 
-Every (variant, seed) is checkpointed each epoch; a second call goes on where the first was stopped, and repeats nothing.
+Every (variant, seed) is checkpointed each epoch; a second call goes on where the first was stopped, and repeats nothing. Runs
+can be trained side by side by calls with ``--only dense/0 2:4/0 ...``; the call without it then collects them.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10_finetune"))
     parser.add_argument("--threads", type=int, default=0, help="0 means torch's default")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT/SEED", help="train these and stop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -152,6 +154,13 @@ def main() -> None:
 
     def sparse(pattern: str) -> nn.Module:
         return sparsefx.sparsify(pretrained(), pattern=pattern, example_inputs=(test_x[:2],))
+
+    for run in arguments.only or ():
+        variant, _, seed_text = run.rpartition("/")
+        model = pretrained() if variant == "dense" else sparse(variant)
+        train(model, variant, int(seed_text), train_x, train_y, folder, arguments.device)
+    if arguments.only:
+        return
 
     print(f"pretrained, dense: {accuracy(pretrained(), test_x, test_y):.1f}")
     for pattern in BARS:

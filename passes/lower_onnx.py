@@ -15,8 +15,8 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from sparsefx.capture.arguments import describe_arguments, split_arguments
 from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
 from sparsefx.passes.onnx_check import (
     FileRunner,
@@ -27,7 +27,7 @@ from sparsefx.passes.onnx_check import (
     output_names,
     output_tensors,
 )
-from sparsefx.passes.onnx_inputs import Inputs, normalise_inputs, random_inputs, resized_shapes
+from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes
 from sparsefx.passes.onnx_names import Source, fold_transposes, make_plain, name_folded, name_outputs, name_sizes, strip_metadata
 from sparsefx.passes.onnx_preserve import preserved
 from sparsefx.passes.onnx_report import ExportedWeight, ExportReport, OutputError
@@ -81,7 +81,7 @@ def lower_onnx(
     destination = Path(path)
     check_destination(destination)
     _check_weights(model)
-    inputs = normalise_inputs(example_inputs)
+    inputs = split_arguments(example_inputs)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
 
@@ -90,7 +90,7 @@ def lower_onnx(
             outputs = model(*inputs[0], **inputs[1])
         except Exception as error:
             raise CaptureError(
-                f"the model does not run on the example inputs ({describe_inputs(inputs)}): {type(error).__name__}: "
+                f"the model does not run on the example inputs {describe_arguments(*inputs)}: {type(error).__name__}: "
                 f"{first_line(error)}; give inputs that model(*args, **kwargs) accepts"
             ) from error
         finally:
@@ -142,15 +142,6 @@ def lower_onnx(
         outputs=worst,
         samples=len(errors),
         tolerance=tolerance,
-    )
-
-
-def describe_inputs(inputs: Inputs) -> str:
-    """Shapes and dtypes in one line."""
-    leaves = pytree.tree_leaves(inputs)
-    return ", ".join(
-        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(leaf)[:40]
-        for leaf in leaves
     )
 
 
@@ -310,7 +301,7 @@ def _compare_all(
             except Exception as error:
                 refusal = error
                 continue
-            checks.append(f"onnxruntime equals the model on {sample} ({describe_inputs(choice)})")
+            checks.append(f"onnxruntime equals the model on {sample} {describe_arguments(*choice)}")
             yield rows
             break
         else:

@@ -1,8 +1,8 @@
-"""Example inputs for an export: normalised, randomised within what was seen, and resized where shapes are dynamic."""
+"""Example inputs for an export: randomised within what was seen, and resized where shapes are dynamic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # comes with torch
@@ -10,36 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sparsefx.errors import ExportError
-
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def normalise_inputs(example_inputs: Any) -> Inputs:
-    """Positional and keyword arguments from what a user may give.
-
-    A tensor is the only argument; a mapping holds keyword arguments; a tuple or list holds positional arguments; and
-    a pair of a tuple and a mapping with text keys holds both.
-    """
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), _keywords(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        if len(example_inputs) == 2 and isinstance(example_inputs[0], (tuple, list)) and isinstance(example_inputs[1], Mapping):
-            return tuple(example_inputs[0]), _keywords(example_inputs[1])
-        return tuple(example_inputs), {}
-    raise ExportError(
-        f"example_inputs is {type(example_inputs).__name__}; expected a tensor, a tuple of positional arguments, a dict of "
-        f"keyword arguments, or a pair (tuple, dict)"
-    )
-
-
-def _keywords(mapping: Mapping[Any, Any]) -> dict[str, Any]:
-    wrong = [key for key in mapping if not isinstance(key, str)]
-    if wrong:
-        raise ExportError(f"example_inputs has the key {wrong[0]!r}; expected the names of forward's arguments")
-    return dict(mapping)
 
 
 def random_like(example: Tensor, generator: torch.Generator, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -13,6 +13,8 @@ import onnx
 import onnx.reference
 import onnx_ir as ir
 
+from sparsefx.passes.tensor_cores import shape_refusal
+
 Array = np.ndarray  # ml_dtypes' bfloat16 included, so the element type stays open
 
 RECURRENT_OPS = ("LSTM", "GRU", "RNN")
@@ -195,12 +197,8 @@ def tensor_core_reason(use: WeightUse) -> str:
     broken, total = broken_groups(array, axis, 2, 4)
     if broken:
         return f"not 2:4 along axis {axis}: {broken} of {total} groups of four have more than two non-zeros"
-    if inputs % 16:
-        return f"{inputs} values along axis {axis} are not a multiple of 16"
-    if use.groups > 1:
-        return f"a convolution with {use.groups} groups; sparse kernels take one group"
     outputs = array.shape[output_axis(use.op, axis, array.ndim)] if array.ndim > 1 else 1
-    return f"{outputs} outputs are not a multiple of 8" if outputs % 8 else ""
+    return shape_refusal(inputs, outputs, use.groups)
 
 
 def _is_standard(node: ir.Node) -> bool:

@@ -29,9 +29,13 @@ def tensor_core_refusal(shape: Sequence[int], reduction_axis: int, groups: int, 
         return f"pattern {pattern!r} is not 2:4, the only structure that Sparse Tensor Cores take"
     if op.startswith("conv_transpose"):
         return "is a transposed convolution, for which no runtime is known to have a sparse kernel"
+    return shape_refusal(shape[reduction_axis], shape[1 - reduction_axis], groups)
+
+
+def shape_refusal(inputs: int, outputs: int, groups: int) -> str:
+    """What stands against the shape of a product of ``inputs`` summed channels (per group) and ``outputs`` channels."""
     if groups > 1:
         return f"is a convolution with {groups} groups; sparse kernels take one group"
-    outputs, inputs = shape[1 - reduction_axis], shape[reduction_axis]
     if outputs % OUTPUT_MULTIPLE:
         return f"{outputs} outputs is not a multiple of {OUTPUT_MULTIPLE}"
     if inputs % REDUCTION_MULTIPLE:

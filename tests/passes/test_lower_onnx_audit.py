@@ -69,7 +69,7 @@ def test_reduction_axis_of_each_op(
     node = helper.make_node(op, operands, ["y"], name="n", **attributes)
     right = audit_one(save(tmp_path / "right.onnx", [node], {"w": two_of_four(shape, axis)}, {"x": [None] * 2}))
     assert (right.axis, right.pattern, right.density) == (axis, "2:4", 0.5)
-    assert right.reason == ("a convolution with 2 groups; sparse kernels take one group" if attributes.get("group") else "")
+    assert right.reason == ("is a convolution with 2 groups; sparse kernels take one group" if attributes.get("group") else "")
     other = {0: 1, 1: 0, 2: 1}[axis] if len(shape) != 3 or op == "Conv" else 2
     wrong = audit_one(save(tmp_path / "wrong.onnx", [node], {"w": two_of_four(shape, other)}, {"x": [None] * 2}))
     assert (wrong.pattern, wrong.eligible) == ("", False)
@@ -161,8 +161,8 @@ def test_quantised_weights_need_a_zero_point_of_zero(tmp_path: Path, zero_point:
     ("shape", "reason"),
     [
         ((16, 6), "6 values along axis 1 are not a multiple of 4"),
-        ((16, 24), "24 values along axis 1 are not a multiple of 16"),
-        ((12, 16), "12 outputs are not a multiple of 8"),
+        ((16, 24), "24 inputs is not a multiple of 16"),
+        ((12, 16), "12 outputs is not a multiple of 8"),
     ],
 )
 def test_sizes_that_no_kernel_takes(tmp_path: Path, shape: tuple[int, int], reason: str) -> None:

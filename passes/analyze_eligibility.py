@@ -70,6 +70,8 @@ def analyze(
         EligibilityError: a name or glob in ``include`` or ``exclude`` matches no layer.
         CaptureError: the model does not run on the example inputs.
     """
+    if not isinstance(pattern, Pattern):
+        raise OptionError(f"analyze was given pattern {pattern!r}; expected a Pattern, from sparsefx.patterns.parse")
     density = pattern.resolve_density(density)
     program = capture(model, example_inputs)
     return analyze_program(program, pattern=pattern, density=density, eligibility=eligibility, include=include, exclude=exclude)
@@ -85,8 +87,6 @@ def analyze_program(
     exclude: Selection = None,
 ) -> Analysis:
     """As `analyze`, of a model that is captured already."""
-    if not isinstance(pattern, Pattern):
-        raise OptionError(f"analyze was given pattern {pattern!r}; expected a Pattern, from sparsefx.patterns.parse")
     rule = eligibility or Eligibility()
     weights = layer_weights(program)
     modules = dict(program.model.named_modules(remove_duplicate=False))

@@ -116,15 +116,30 @@ def _rewrite(graph: fx.Graph, user: fx.Node, weight: fx.Node, mask: fx.Node) -> 
     if len(args) < 2 or args[1] is not weight:
         return False
     rest = [*args[:1], *args[2:], *kwargs.values()]
-    if any(argument is weight for argument in rest) or any(isinstance(argument, str) for argument in rest):
-        return False  # padding="same" is another overload; the general form serves it
+    sizes = [*args[3:], *(value for key, value in kwargs.items() if key != "bias")]
+    if any(argument is weight for argument in rest) or any(isinstance(size, (str, fx.Node)) for size in sizes):
+        return False  # padding="same", or sizes that the graph computes: the general form serves them
+    target = getattr(torch.ops.sparsefx, f"masked_{name}").default
+    args, kwargs = _spelled_out(target, [args[0], weight, mask, *args[2:]], kwargs)
     with graph.inserting_before(user):
-        target = getattr(torch.ops.sparsefx, f"masked_{name}").default
-        masked = graph.call_function(target, (args[0], weight, mask, *args[2:]), kwargs)
+        masked = graph.call_function(target, tuple(args), kwargs)
     masked.meta = dict(user.meta)
     user.replace_all_uses_with(masked)
     graph.erase_node(user)
     return True
+
+
+def _spelled_out(target: torch._ops.OpOverload, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """One number for all dimensions (``stride=2``) as the list that a registered op takes."""
+    arguments = target._schema.arguments
+    lengths = {argument.name: getattr(argument, "N", None) for argument in arguments}  # the n of a schema's SymInt[n]
+
+    def spelled_out(name: str, value: Any) -> Any:
+        length = lengths.get(name)
+        return [value] * length if length is not None and isinstance(value, int) else value
+
+    spelled = [spelled_out(argument.name, value) for argument, value in zip(arguments, args, strict=False)]
+    return spelled, {name: spelled_out(name, value) for name, value in kwargs.items()}
 
 
 def _put_mask(graph_module: fx.GraphModule, name: str, mask: torch.Tensor) -> None:

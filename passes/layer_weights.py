@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsefx.layers import known_weights
+from sparsefx.layers import is_computed, known_weights
 from sparsefx.program import CallSite, Program
 
 
@@ -38,6 +38,7 @@ def layer_weights(program: Program) -> list[LayerWeight]:
     first_names = {alias: name for name, aliases in program.aliases.items() for alias in aliases}
     order: dict[str, int] = {name: index for index, name in enumerate(first_names)}
     found: dict[str, LayerWeight] = {}
+    computed: list[str] = []
     first_of_module: dict[str, int] = {}
     for index, name in enumerate(first_names):
         parts = name.split(".")
@@ -51,10 +52,11 @@ def layer_weights(program: Program) -> list[LayerWeight]:
             if parameter is not None:
                 first = first_names[full_name]
                 sites = program.call_sites.get(first, ())
-            elif isinstance(module.__dict__.get(known.local_name), nn.Parameter) or not hasattr(module, known.local_name):
+            elif not is_computed(module, known.local_name):
                 continue
             else:
                 first, sites = full_name, ()
+                computed.append(f"{path}." if path else "")
                 order[full_name] = first_of_module.get(path, len(order))
             if first not in found:
                 found[first] = LayerWeight(
@@ -63,7 +65,10 @@ def layer_weights(program: Program) -> list[LayerWeight]:
     parameters = dict(program.model.named_parameters())
     for name, sites in program.call_sites.items():
         products = [site for site in sites if site.multiplies]
-        if products and name not in found and parameters[name].ndim >= 2:
+        if name in found or not products or parameters[name].ndim < 2:
+            continue
+        # What a parametrization computes a weight from is told of with the weight.
+        if not (computed and name.startswith(tuple(computed))):
             found[name] = _bare(program.model, name, parameters, products, sites)
     return [found[first] for first in sorted(found, key=lambda first: order[first])]
 

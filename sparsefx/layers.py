@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def known_weights(module: nn.Module) -> Iterator[KnownWeight]:
             yield KnownWeight(name, f"{base.__name__}.{name}", _RECURRENT[base], 1)
     elif base is nn.MultiheadAttention:
         for name in _ATTENTION_WEIGHTS:
-            if getattr(module, name, None) is not None:
+            if module._parameters.get(name) is not None or is_computed(module, name):
                 yield KnownWeight(name, f"MultiheadAttention.{name}", "multi_head_attention_forward", 1)
     elif base in _CONVOLUTIONS:
         yield KnownWeight("weight", base.__name__, _CONVOLUTIONS[base], 1, _groups(module))
@@ -87,6 +88,13 @@ def runs_own_forward(module: nn.Module) -> bool:
     if base is None or any(name in module.__dict__ for name in methods):
         return False
     return all(getattr(type(module), name) is getattr(base, name) for name in methods)
+
+
+def is_computed(module: nn.Module, local_name: str) -> bool:
+    """Whether a parametrization, or a hook in its older style, computes this weight. Does not compute it: that can change it."""
+    if parametrize.is_parametrized(module, local_name):
+        return True
+    return local_name not in module._parameters and isinstance(module.__dict__.get(local_name), Tensor)
 
 
 def recurrent_weight_names(module: nn.Module) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -17,11 +18,19 @@ from sparsefx.capture.state import unchanged
 def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The ATen graph of ``model`` on these inputs, in the mode (train or eval) that it is in; it is called like the model.
 
-    Parameters and buffers of the graph are the very tensors of the model. Whatever torch.export raises goes through; the
-    model is as before in every case.
+    Parameters and buffers of the graph are the very tensors of the model. Of a model that returns a cache of keys and values
+    (``config.use_cache``) which torch.export refuses, the graph is the one without that cache among its outputs. Whatever
+    torch.export raises goes through; the model is as before in every case.
     """
     with unchanged(model), _quiet():
-        program = torch.export.export(model, args, kwargs, strict=False)
+        try:
+            program = torch.export.export(model, args, kwargs, strict=False)
+        except Exception:
+            if not _caches(model):
+                raise
+            # The usual reason with transformers: the output holds a cache object, which is no tensor structure.
+            with _without_caches(model):
+                program = torch.export.export(model, args, kwargs, strict=False)
         exported = program.module()
     _share_tensors(exported, model)
     graph_module = fx.GraphModule(exported, exported.graph, class_name=type(model).__name__)
@@ -49,6 +58,24 @@ def _put(root: nn.Module, name: str, tensor: torch.Tensor, kind: str) -> None:
             slots[local_name] = tensor
 
 
+def _caches(model: nn.Module) -> list[Any]:
+    """The configurations, in the style of transformers, that ask for a cache of keys and values."""
+    configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
+    return [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    configs = _caches(model)
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
+
+
 def _keep(node: fx.Node) -> bool:
     # Reading a parameter that nothing uses is all that goes: placeholders are the signature, and an op may have an effect.
     return node.op != "get_attr"
@@ -56,13 +83,14 @@ def _keep(node: fx.Node) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export logs what it refuses, although it raises it too; the next rung is the answer to that."""
+    """torch.export logs and prints what it refuses, graph and all, although it raises too; the next rung is the answer."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._subclasses")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

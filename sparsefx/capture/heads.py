@@ -20,7 +20,9 @@ def language_model_heads(graph_module: fx.GraphModule, names: Mapping[int, str])
     Meant for graphs in which integers reach an embedding, see `reads_tokens`.
     """
     nodes = list(graph_module.graph.nodes)
-    parameter_of = {node: names[id(value)] for node, value in parameters_read(graph_module) if id(value) in names}
+    parameter_of = {
+        node: names[id(value)] for node, value in parameters_read(graph_module) if id(value) in names and value.ndim > 1
+    }
     # Backwards, each node once: does its value reach the output untouched, and does it reach another layer?
     reaches_output: set[fx.Node] = set()
     reaches_layer: set[fx.Node] = set()

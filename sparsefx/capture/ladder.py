@@ -43,6 +43,9 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     complete = False
 
     uninitialized = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    # What torch.compile returned is captured as the module inside it; parameters are known by identity.
+    inner = getattr(model, "_orig_mod", None)
+    prefix, runs = ("_orig_mod", inner) if isinstance(inner, nn.Module) else ("", model)
     if uninitialized:
         # Running it would initialise it, which is the user's to do.
         resisted.append(f"{uninitialized[0]} is uninitialised (a lazy module); run the model once first")
@@ -50,20 +53,21 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
         if example_inputs is not None:
             args, kwargs = split_arguments(example_inputs)
             try:
-                graphs[""] = export_graph(model, args, kwargs)
+                graphs[""] = export_graph(runs, args, kwargs)
             except Exception as error:  # export may raise anything, from its own refusals to the model's own errors
                 resisted.append(f"torch.export: {_first_line(error)}")
-                sites = observe_run(model, args, kwargs, names)
+                sites = observe_run(runs, args, kwargs, names)
             else:
                 sites = graph_call_sites(graphs[""], names, Rung.EXPORT)
                 tokens = reads_tokens(graphs[""])
                 heads = language_model_heads(graphs[""], names) if tokens else heads
             complete = True
         if not graphs:
-            graphs, refusals = trace_parts(model)
+            graphs, refusals = trace_parts(runs)
             resisted += refusals
             if not complete:
-                sites = [site for path, part in graphs.items() for site in graph_call_sites(part, names, Rung.TRACED, path)]
+                for path, part in graphs.items():
+                    sites += graph_call_sites(part, names, Rung.TRACED, ".".join(filter(None, (prefix, path))))
     # The floor stands below what a layer's type says too: without inputs, and for layers that the run did not reach.
     sites += _sites_by_type(model, names, sites)
     by_parameter: dict[str, list[CallSite]] = {}
@@ -96,9 +100,7 @@ def _sites_by_type(model: nn.Module, names: dict[int, str], sites: Iterable[Call
             problem = (
                 ""
                 if own
-                else (
-                    f"its class {type(module).__name__} has a forward of its own, which nothing could look into; pass example_inputs"
-                )
+                else (f"its class {type(module).__name__} has a forward of its own that could not be traced; pass example_inputs")
             )
             site = CallSite(
                 names[id(parameter)], weight.op, path, Rung.MODULE, weight.reduction_axis, weight.groups, problem=problem

@@ -33,10 +33,11 @@ def observe_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 model(*args, **kwargs)
         except Exception as error:
             mode = "train" if model.training else "eval"
+            given = describe_arguments(args, kwargs)
             raise CaptureError(
-                f"{type(model).__name__} was given example inputs {describe_arguments(args, kwargs)} and raised in {mode} mode: "
-                f"{type(error).__name__}: {error}. Expected inputs that the model accepts in this mode; pass a tensor, a tuple of "
-                f"arguments, a dict of keyword arguments or a pair (args, kwargs), or no example_inputs at all"
+                f"{type(model).__name__} was given example inputs {given} and raised in {mode} mode: "
+                f"{type(error).__name__}: {error}. Expected inputs that the model accepts in this mode; pass a tensor, a "
+                f"tuple of arguments, a dict of keyword arguments or a pair (args, kwargs), or no example_inputs at all"
             ) from error
     return observer.sites
 

@@ -38,6 +38,8 @@ def unchanged(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
             _remember(value, containers, tensors, parameters)
     gradients = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     generators = _generator_states()
+    for module in model.modules():
+        module.__dict__.pop("_compiled_call_impl", None)  # `module.compile()` would hide what is to be captured
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

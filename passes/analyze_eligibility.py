@@ -111,6 +111,8 @@ def analyze_program(
         else:
             candidate = candidate_of(weight)
             reason = rule.refusal(candidate) or overlaps.get(id(weight.parameter), "")
+            if any(site.problem for site in weight.sites) and not program.complete and "example_inputs" not in reason:
+                reason += "; pass example_inputs to look inside"
             if not reason:
                 refused = pattern.refusal(candidate.group_shape, reduction_axis=weight.reduction_axis)
                 reason = "" if refused is None else f"pattern {pattern.name!r} cannot be had: {refused}"

@@ -24,7 +24,7 @@ from sparsefx.patterns import GlobalUnstructured, Pattern
 from sparsefx.report import Audit, LayerReport
 from sparsefx.runtime import MaskRuntime
 from sparsefx.schedules import DensitySchedule
-from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, remove_records, sparse_parameters
+from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, records_of, remove_records, sparse_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,7 +71,7 @@ def sparsify(
         raise StateError(
             "sparsify was given a model that is sparsified already; call sparsefx.finalize(model) first to choose again"
         )
-    chosen = patterns.parse(pattern) if isinstance(pattern, str) else pattern
+    chosen = _pattern(pattern, "sparsify")
     resolved = chosen.resolve_density(density)
     method = algorithms.find(algorithm)
     analysis = analyze(
@@ -79,14 +79,15 @@ def sparsify(
         example_inputs=example_inputs,
         pattern=chosen,
         density=resolved,
-        eligibility=eligibility or Eligibility(),
+        eligibility=_eligibility(eligibility, "sparsify"),
         include=include,
         exclude=exclude,
     )
     rows = [layer for layer in analysis.layers if layer.sparse]
     if not rows:
         raise EligibilityError(_nothing_eligible(analysis))
-    with torch.no_grad():
+    # Tensors made in inference mode could never be changed outside of it.
+    with torch.inference_mode(False), torch.no_grad():
         weights = [model.get_parameter(row.parameter).detach() for row in rows]
         masks_ = _first_masks(chosen, resolved, rows, weights)
         records = [
@@ -95,28 +96,35 @@ def sparsify(
                 density=resolved,
                 reduction_axis=row.reduction_axis,
                 mask=torch.empty_like(weight, dtype=torch.bool).copy_(mask),
-                dormant=weight.masked_fill(mask, 0) if method.keeps_dormant else None,
+                dormant=weight.masked_fill(mask, 0),
+                algorithm=method.name,
             )
             for row, weight, mask in zip(rows, weights, masks_, strict=True)
         ]
-        inputs = None if example_inputs is None else without_values(example_inputs)
-        # Nothing below can fail: the model changes only now.
-        for row, weight, record in zip(rows, weights, records, strict=True):
-            weight.masked_fill_(~record.mask, 0)
-            module_name, _, local_name = row.parameter.rpartition(".")
-            add_record(model.get_submodule(module_name), local_name, record)
-    checkpoint.watch_loading(model)
-    set_model_record(
-        model,
-        ModelRecord(
+        remembered = ModelRecord(
             pattern=chosen.name,
             density=resolved,
             algorithm=method.name,
             layers=analysis.layers,
             unseen=analysis.unseen,
-            inputs=inputs,
-        ),
-    )
+            inputs=None if example_inputs is None else without_values(example_inputs),
+        )
+        try:
+            for row, weight, record in zip(rows, weights, records, strict=True):
+                weight.masked_fill_(~record.mask, 0)
+                module_name, _, local_name = row.parameter.rpartition(".")
+                add_record(model.get_submodule(module_name), local_name, record)
+            checkpoint.watch_loading(model)
+            set_model_record(model, remembered)
+        except BaseException:
+            for weight, record in zip(weights, records, strict=True):
+                assert record.dormant is not None
+                torch.where(record.mask, weight, record.dormant, out=weight)
+            _forget(model)
+            raise
+        if not method.keeps_dormant:
+            for record in records:
+                record.dormant = None
     return model
 
 
@@ -160,10 +168,9 @@ def attach(
         OptionError: an option out of range, or without effect.
     """
     _expect_module(model, "attach")
-    records = [record for _, record in model_records(model)]
-    if not records:
+    names = sorted({record.algorithm for _, _, record in sparse_parameters(model)})
+    if not names:
         raise StateError("attach was given a model that is not sparsified; call sparsefx.sparsify(model) first")
-    names = sorted({record.algorithm for record in records})
     if len(names) > 1:
         raise StateError(f"the parts of this model were sparsified with {', '.join(names)}; attach to each part on its own")
     method = algorithms.find(names[0])
@@ -178,11 +185,11 @@ def attach(
         check_every=check_every,
     )
     if density_schedule is not None:
-        _check_schedule(model, density_schedule, method)
+        _check_schedule(model, density_schedule, method, total_steps)
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     if not optimizers:
         raise OptionError("attach was given no optimizer; expected one, or a list of them")
-    runtime = MaskRuntime(
+    return MaskRuntime(
         model,
         optimizers,
         settings,
@@ -191,11 +198,6 @@ def attach(
         density_schedule=density_schedule,
         replace=replace,
     )
-    for record in records:
-        for handle in record.unattached_handles.values():
-            handle.remove()
-        record.unattached_handles.clear()
-    return runtime
 
 
 def graph(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
@@ -240,12 +242,10 @@ def finalize(model: Model) -> Model:
     with torch.no_grad():
         for _, parameter, record in found:
             weight = parameter.detach()
+            record.settle(weight)
             record.follow(weight)
             weight.masked_fill_(~record.mask, 0)
-    checkpoint.unwatch_loading(model)
-    for module in model.modules():
-        remove_records(module)
-    remove_model_records(model)
+    _forget(model)
     return model
 
 
@@ -277,19 +277,23 @@ def audit(
         )
         settings = {"pattern": record.pattern, "density": record.density, "algorithm": record.algorithm}
         return Audit(layers=layers, unseen=record.unseen, settings=settings, title=type(model).__name__)
-    chosen = patterns.parse(pattern) if isinstance(pattern, str) else pattern
+    chosen = _pattern(pattern, "audit")
     resolved = chosen.resolve_density(density)
     analysis = analyze(
         model,
         example_inputs=example_inputs,
         pattern=chosen,
         density=resolved,
-        eligibility=eligibility or Eligibility(),
+        eligibility=_eligibility(eligibility, "audit"),
         include=include,
         exclude=exclude,
     )
-    settings = {"pattern": chosen.name, "density": resolved, "sparsified": has_records(model)}
-    return Audit(layers=analysis.layers, unseen=analysis.unseen, settings=settings, title=type(model).__name__)
+    layers = analysis.layers
+    masked = {name for name, _, _ in sparse_parameters(model)}
+    if masked:
+        layers = tuple(layer if layer.parameter in masked else _dense(layer) for layer in layers)
+    settings = {"pattern": chosen.name, "density": resolved, "sparsified": bool(masked)}
+    return Audit(layers=layers, unseen=analysis.unseen, settings=settings, title=type(model).__name__)
 
 
 def export_onnx(
@@ -351,7 +355,9 @@ def _nothing_eligible(analysis: Analysis) -> str:
     )
 
 
-def _check_schedule(model: nn.Module, schedule: DensitySchedule, method: algorithms.Algorithm) -> None:
+def _check_schedule(model: nn.Module, schedule: DensitySchedule, method: algorithms.Algorithm, total_steps: int) -> None:
+    if not callable(schedule):
+        raise OptionError(f"density_schedule={schedule!r} was given; expected a function of the step, see sparsefx.schedules")
     if not method.moves:
         raise OptionError(f"density_schedule was given, but the masks of algorithm {method.name!r} never move")
     for name, _, record in sparse_parameters(model):
@@ -360,12 +366,51 @@ def _check_schedule(model: nn.Module, schedule: DensitySchedule, method: algorit
                 f"density_schedule was given, but {name} has pattern {record.pattern.name!r}, whose density is always "
                 f"{record.pattern.fixed_density:g}; use a pattern with a free density such as 'unstructured'"
             )
-        record.pattern.resolve_density(schedule(1))
+        for step in (1, total_steps):
+            record.pattern.resolve_density(schedule(step))
+
+
+def _pattern(pattern: object, caller: str) -> Pattern:
+    if isinstance(pattern, Pattern):
+        return pattern
+    if isinstance(pattern, str):
+        return patterns.parse(pattern)
+    raise OptionError(f"{caller} was given pattern={pattern!r}; expected a text such as '2:4', or a Pattern")
+
+
+def _eligibility(rule: object, caller: str) -> Eligibility:
+    if rule is None:
+        return Eligibility()
+    if isinstance(rule, Eligibility):
+        return rule
+    raise OptionError(f"{caller} was given eligibility={rule!r}; expected a sparsefx.Eligibility, or None for the paper's rule")
+
+
+def _forget(model: nn.Module) -> None:
+    """Take away all that `sparsify` put beside the model."""
+    for module in model.modules():
+        for record in records_of(module).values():
+            if record.warning is not None:
+                record.warning.remove()
+        remove_records(module)
+    checkpoint.unwatch_loading(model)
+    remove_model_records(model)
+
+
+def _dense(layer: LayerReport) -> LayerReport:
+    reason = layer.reason or "was no part of the model when that was sparsified"
+    return replace_fields(layer, sparse=False, reason=reason, pattern="", density=1.0, tensor_core_reason="is dense")
 
 
 def _live(layer: LayerReport, weight: Tensor, record: SparseParameter | None) -> LayerReport:
     """The decision stored at sparsify, with density and empty channels as they are now."""
     if weight.is_meta:
         return layer
-    density = 1.0 if record is None else float(record.mask.float().mean())
-    return replace_fields(layer, density=density, empty_channels=empty_channels(weight.detach(), layer.reduction_axis))
+    empty = empty_channels(weight.detach(), layer.reduction_axis)
+    if record is None:
+        reason = layer.reason or "was finalized: its zeros are baked in, and nothing keeps them"
+        tensor_core = layer.tensor_core_reason if layer.reason else "is dense"
+        return replace_fields(
+            layer, sparse=False, reason=reason, pattern="", density=1.0, empty_channels=empty, tensor_core_reason=tensor_core
+        )
+    return replace_fields(layer, density=float(record.mask.float().mean()), empty_channels=empty)

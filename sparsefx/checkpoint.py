@@ -18,8 +18,7 @@ def watch_loading(model: nn.Module) -> None:
             module.register_load_state_dict_pre_hook(_before_loading)
             module.register_load_state_dict_post_hook(_after_loading)
     # The hooks of a module run after those of its children, so this one sees all layers loaded.
-    if any(isinstance(record.pattern, GlobalUnstructured) for _, _, record in sparse_parameters(model)):
-        model.register_load_state_dict_post_hook(_after_loading_all)
+    model.register_load_state_dict_post_hook(_after_loading_all)
 
 
 def unwatch_loading(model: nn.Module) -> None:
@@ -31,52 +30,69 @@ def unwatch_loading(model: nn.Module) -> None:
                 del hooks[key]
 
 
+@torch.no_grad()
+def adopt(record: SparseParameter, parameter: nn.Parameter) -> None:
+    """Fit the mask to values that did not come from the runtime.
+
+    Values that the mask already fits keep it, and the dormant values beside it: that is a resumed run, whose runtime state
+    may have been loaded before. Any others get the mask that `sparsify` would choose for them, so that a sparse checkpoint
+    is kept whole and a dense one loses its smallest weights; what does not participate becomes dormant. A mask cannot be
+    chosen by NaN: there the present one stays, and the runtime, `finalize` and the export tell.
+    """
+    weight = parameter.detach()
+    if weight.is_meta:
+        return
+    record.settle(weight)
+    if record.mask.is_meta:
+        record.mask = torch.zeros_like(weight, dtype=torch.bool)
+        record.dormant = None if record.dormant is None else torch.zeros_like(weight)
+    record.follow(weight)
+    if bool((weight.masked_fill(record.mask, 0) != 0).any()):
+        if bool(torch.isfinite(weight).all()):
+            record.mask.copy_(_mask_for(record, weight))
+            record.threshold = None
+        if record.dormant is not None:
+            record.dormant.copy_(weight.masked_fill(record.mask, 0))
+    weight.masked_fill_(~record.mask, 0)
+
+
+def _mask_for(record: SparseParameter, weight: Tensor) -> Tensor:
+    if isinstance(record.pattern, GlobalUnstructured):
+        return weight != 0  # the threshold is one over all layers: it is found when all are loaded
+    # The non-zeros of a sparse checkpoint stay, however small they are beside the others.
+    whole = record.pattern.mask((weight != 0).to(torch.float32), record.density, reduction_axis=record.reduction_axis)
+    if not bool((weight.masked_fill(whole, 0) != 0).any()):
+        return whole
+    return record.pattern.mask(weight, record.density, reduction_axis=record.reduction_axis)
+
+
 def _before_loading(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: Any, missing: Any, odd: Any, errors: Any
 ) -> None:
     for local_name, record in records_of(module).items():
-        record.loading = prefix + local_name in state_dict
+        record.loading = state_dict.get(prefix + local_name)
 
 
 @torch.no_grad()
 def _after_loading(module: nn.Module, incompatible_keys: Any) -> None:
     for local_name, record in records_of(module).items():
-        parameter = module._parameters[local_name]
-        if record.loading and parameter is not None:
-            _adopt(record, parameter.detach())
-        record.loading = False
-
-
-def _adopt(record: SparseParameter, weight: Tensor) -> None:
-    """Fit the mask to newly loaded values.
-
-    Values that the mask already fits keep it, and the dormant values beside it: that is a resumed run, whose runtime state
-    may have been loaded before. Any others get the mask that `sparsify` would choose for them, so that a sparse checkpoint
-    is kept whole and a dense one loses its smallest weights; what does not participate becomes dormant.
-    """
-    if record.mask.is_meta and not weight.is_meta:
-        record.mask = torch.zeros_like(weight, dtype=torch.bool)
-        record.dormant = None if record.dormant is None else torch.zeros_like(weight)
-    record.follow(weight)
-    if not bool((weight.masked_fill(record.mask, 0) != 0).any()):
-        weight.masked_fill_(~record.mask, 0)  # negative zeros
-        return
-    if isinstance(record.pattern, GlobalUnstructured):
-        kept = weight != 0  # the threshold is one over all layers: it is found when all are loaded
-    else:
-        kept = record.pattern.mask(weight, record.density, reduction_axis=record.reduction_axis)
-    record.mask.copy_(kept)
-    record.threshold = None
-    if record.dormant is not None:
-        record.dormant.copy_(weight.masked_fill(record.mask, 0))
-    weight.masked_fill_(~record.mask, 0)
+        parameter, loaded = module._parameters.get(local_name), record.loading
+        record.loading = None
+        if parameter is None or loaded is None:
+            continue
+        if parameter.device == loaded.device and parameter.data_ptr() == loaded.data_ptr() and not parameter.is_meta:
+            parameter.data = parameter.detach().clone()  # load_state_dict(assign=True): the caller's tensor stays as it is
+        record.merged = False
+        adopt(record, parameter)
 
 
 @torch.no_grad()
 def _after_loading_all(model: nn.Module, incompatible_keys: Any) -> None:
-    """One threshold over all layers, where more weights were loaded than may participate."""
+    """What one layer alone could not tell: another name of a tied parameter was loaded last, or one threshold over all."""
+    for _, parameter, record in sparse_parameters(model):
+        adopt(record, parameter)
     found = [(p.detach(), record) for _, p, record in sparse_parameters(model) if isinstance(record.pattern, GlobalUnstructured)]
-    if not found or any(record.mask.is_meta for _, record in found):
+    if not found or any(weight.is_meta or not bool(torch.isfinite(weight).all()) for weight, _ in found):
         return
     pattern, density = found[0][1].pattern, found[0][1].density
     assert isinstance(pattern, GlobalUnstructured)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sparsefx.report import LayerReport
 from sparsefx.sparse_parameter import records_of, sparse_parameters
@@ -29,7 +28,8 @@ class ModelRecord:
         layers: the decisions on every Linear/Conv, as they were at sparsify.
         unseen: parameters that look like weights and were seen by no call.
         inputs: zeros in the shapes of the example inputs, or None; what `graph` captures with.
-        unattached_handles: hooks that warn of training without a runtime; not copied and not pickled.
+        attached: whether a runtime follows some parameters.
+        warned: whether training without a runtime was warned of.
     """
 
     pattern: str
@@ -38,11 +38,8 @@ class ModelRecord:
     layers: tuple[LayerReport, ...]
     unseen: tuple[str, ...]
     inputs: Any = None
+    attached: bool = False
     warned: bool = False
-    unattached_handles: dict[str, RemovableHandle] = field(default_factory=dict, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "unattached_handles": {}}
 
 
 def model_records(model: nn.Module) -> Iterator[tuple[nn.Module, ModelRecord]]:
@@ -57,17 +54,14 @@ def set_model_record(model: nn.Module, record: ModelRecord) -> None:
     """Put ``record`` at ``model``, and watch for gradients that reach a masked parameter no runtime follows."""
     model.__dict__[_KEY] = record
     weak_record = weakref.ref(record)
-    for name, parameter, _ in sparse_parameters(model):
+    for _, parameter, sparse in sparse_parameters(model):
         if parameter.requires_grad and parameter.is_leaf:
-            hook = _WarnUnattached(weak_record)
-            record.unattached_handles[name] = parameter.register_post_accumulate_grad_hook(hook)
+            sparse.warning = parameter.register_post_accumulate_grad_hook(_WarnUnattached(weak_record))
 
 
 def remove_model_records(model: nn.Module) -> None:
     """Forget everything that `set_model_record` did."""
-    for module, record in list(model_records(model)):
-        for handle in record.unattached_handles.values():
-            handle.remove()
+    for module, _ in list(model_records(model)):
         del module.__dict__[_KEY]
 
 
@@ -76,16 +70,21 @@ class _WarnUnattached:
 
     def __init__(self, record: weakref.ReferenceType[ModelRecord]) -> None:
         self._record = record
+        self._called = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, parameter: Tensor) -> None:
         record = self._record()
         if record is None or record.warned:
             return
+        if record.attached and not self._called:
+            # An optimizer that was given the parameter since is only seen at its next step.
+            self._called = True
+            return
         record.warned = True
         warnings.warn(
-            "this model was sparsified and is being trained, but no MaskRuntime is attached: optimizer steps will fill the "
-            "masked weights. Call sparsefx.attach(model, optimizer, total_steps=...) before training",
+            "this model was sparsified and is being trained, but no MaskRuntime is attached to all of it: optimizer steps will "
+            "fill masked weights. Call sparsefx.attach(model, optimizer, total_steps=...) before training",
             UserWarning,
             stacklevel=2,
         )

@@ -7,10 +7,10 @@ into p and n again ("Advances in Sparse Neural Model Training", algorithm 1).
 
 from __future__ import annotations
 
-import gc
+import inspect
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,43 +19,36 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsefx.algorithms import Settings
-from sparsefx.errors import NonFiniteError, OptimizerError, StateError
+from sparsefx.checkpoint import adopt
+from sparsefx.errors import NonFiniteError
+from sparsefx.follow import (
+    Followed,
+    broadcast_masks,
+    owners_of,
+    plan_of,
+    refuse_double_following,
+    refuse_split_threshold,
+    runtime_of,
+)
+from sparsefx.model_record import model_records
 from sparsefx.ops.split import merge, split
+from sparsefx.runtime_state import STATE_VERSION, check_state
 from sparsefx.schedules import DensitySchedule
-from sparsefx.sparse_parameter import SparseParameter, records_of, sparse_parameters
+from sparsefx.sparse_parameter import SparseParameter
 
-_STATE_VERSION = 1
-
-
-@dataclass(eq=False)
-class _Followed:
-    """One masked parameter that an optimizer updates; the Parameter is looked up anew at every step."""
-
-    name: str
-    module: nn.Module
-    local_name: str
-    record: SparseParameter
-
-    def parameter(self) -> nn.Parameter:
-        if records_of(self.module).get(self.local_name) is not self.record:
-            raise StateError(
-                f"{self.name}: the model was finalized or sparsified again while a MaskRuntime is attached; "
-                "call runtime.detach() before that, and attach again afterwards"
-            )
-        parameter = self.module._parameters[self.local_name]
-        assert parameter is not None
-        return parameter
+_TORCH_OPTIMIZER_FILE = inspect.getfile(Optimizer)
 
 
 class _OptimizerHooks:
     """The step hooks on one optimizer, and the steps it has made."""
 
-    def __init__(self, optimizer: Optimizer, followed: list[_Followed], runtime: MaskRuntime) -> None:
+    def __init__(self, optimizer: Optimizer, followed: list[Followed], runtime: MaskRuntime) -> None:
         self.optimizer = optimizer
         self.followed = followed
         self.step = 0
         self._runtime = runtime
-        self._merged = False
+        self._densities: list[float] | None = None
+        self._held = _count(optimizer)
         self._non_finite: Tensor | None = None
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -65,26 +58,33 @@ class _OptimizerHooks:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for entry in self.followed:
+            entry.record.settle(entry.parameter().detach())
 
-    def _tensors(self) -> tuple[list[Tensor], list[SparseParameter]]:
+    def _tensors(self, merged: bool) -> tuple[list[Tensor], list[SparseParameter]]:
+        """The weights that are merged or not, and their records."""
         weights: list[Tensor] = []
         records: list[SparseParameter] = []
         for entry in self.followed:
             weight = entry.parameter().detach()
-            entry.record.follow(weight)
-            weights.append(weight)
-            records.append(entry.record)
+            if entry.record.merged is merged:
+                entry.record.follow(weight)
+                weights.append(weight)
+                records.append(entry.record)
         return weights, records
 
     def _merge(self) -> None:
-        # A step that raised between the hooks has left the dense weights in place: merging twice would lose them.
-        if not self._merged:
-            merge(*self._tensors())
-            self._merged = True
+        # Those that a step which raised has left merged stay so: merging twice would lose them.
+        weights, records = self._tensors(merged=False)
+        merge(weights, records)
+        for record in records:
+            record.merged = True
 
-    def _split(self, *, dormant_scale: float = 1.0, rewire: bool = False, densities: Sequence[float] | None = None) -> Any:
-        flag = split(*self._tensors(), dormant_scale=dormant_scale, rewire=rewire, densities=densities)
-        self._merged = False
+    def _split(self, *, dormant_scale: float = 1.0, rewire: bool = False, densities: Sequence[float] | None = None) -> Tensor:
+        weights, records = self._tensors(merged=True)
+        flag = split(weights, records, dormant_scale=dormant_scale, rewire=rewire, densities=densities)
+        for record in records:
+            record.merged = False
         return flag
 
     def _scale_gradients(self) -> None:
@@ -92,14 +92,24 @@ class _OptimizerHooks:
         if scale == 1.0:
             return
         for entry in self.followed:
-            gradient = entry.parameter().grad
-            if gradient is not None:
-                entry.record.follow(entry.parameter().detach())
-                mask = entry.record.mask
-                gradient.mul_(mask if scale == 0.0 else torch.where(mask, 1.0, scale).to(gradient.dtype))
+            gradient, mask = entry.parameter().grad, entry.record.mask
+            if gradient is None or entry.scaled == (id(gradient), gradient._version):
+                continue
+            gradient.copy_(torch.where(mask, gradient, 0 if scale == 0.0 else gradient * scale))
+            entry.scaled = (id(gradient), gradient._version)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if _inside_its_own_step(optimizer):
+            return None
+        if _count(optimizer) != self._held:
+            self._runtime.follow_new(self)
+            self._held = _count(optimizer)
+        # Whatever can be refused is refused before the weights change.
+        schedule = self._runtime.density_schedule
+        if schedule is not None:
+            self._densities = [entry.record.pattern.resolve_density(schedule(self.step + 1)) for entry in self.followed]
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         self._merge()
         if not callable(closure):
@@ -121,24 +131,21 @@ class _OptimizerHooks:
             return args, {**kwargs, "closure": sparse_closure}
         return (args[0], sparse_closure, *args[2:]), kwargs
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._merged:
-            # Hooks were attached while a step was under way; the next one is whole.
+        if _inside_its_own_step(optimizer):
             return
         if _step_was_skipped(optimizer):
             self._split()
             return
         self.step += 1
-        settings, schedule = self._runtime.settings, self._runtime.density_schedule
-        densities = None
-        if schedule is not None:
-            densities = [entry.record.pattern.resolve_density(schedule(self.step)) for entry in self.followed]
-        flag = self._split(
-            dormant_scale=settings.dormant_scale(self.step),
-            rewire=self._runtime.moves and settings.rewires(self.step),
-            densities=densities,
-        )
+        settings = self._runtime.settings
+        rewire = self._runtime.moves and settings.rewires(self.step)
+        flag = self._split(dormant_scale=settings.dormant_scale(self.step), rewire=rewire, densities=self._densities)
+        if self._densities is not None and rewire:
+            for entry, density in zip(self.followed, self._densities, strict=True):
+                entry.record.density = density
         self._look_for_non_finite(flag)
 
     def _look_for_non_finite(self, flag: Tensor | bool) -> None:
@@ -179,18 +186,40 @@ class MaskRuntime:
         self.algorithm = algorithm
         self.moves = moves
         self.density_schedule = density_schedule
-        owners = _owners(model)
-        plan = _plan(model, optimizers, owners)
-        _refuse_double_following(owners, plan, replace)
-        held = {name for names in plan for name in names}
-        self.unfollowed = tuple(name for name in owners if name not in held)
-        self._hooks = [
-            _OptimizerHooks(optimizer, [owners[name] for name in names], self)
-            for optimizer, names in zip(optimizers, plan, strict=True)
-        ]
-        for hooks in self._hooks:
-            for entry in hooks.followed:
-                entry.record.runtime = weakref.ref(self)
+        self._model = model
+        owners = owners_of(model)
+        plan = plan_of(optimizers, owners)
+        refuse_split_threshold(owners, plan)
+        refuse_double_following(owners, plan, replace)
+        broadcast_masks(model)
+        for entry in owners.values():
+            adopt(entry.record, entry.parameter())
+        self._hooks: list[_OptimizerHooks] = []
+        for optimizer, names in zip(optimizers, plan, strict=True):
+            self._hooks.append(_OptimizerHooks(optimizer, [owners[name] for name in names], self))
+            self._claim(self._hooks[-1].followed)
+
+    def _claim(self, entries: Iterable[Followed]) -> None:
+        for _, model_record in model_records(self._model):
+            model_record.attached = True
+        for entry in entries:
+            entry.record.runtime = weakref.ref(self)
+            if entry.record.warning is not None:
+                entry.record.warning.remove()
+                entry.record.warning = None
+
+    def follow_new(self, hooks: _OptimizerHooks) -> None:
+        """Follow masked parameters that ``optimizer.add_param_group`` brought since (called by the hooks)."""
+        free = {name: entry for name, entry in owners_of(self._model).items() if runtime_of(entry) is None}
+        new = [free[name] for name in plan_of([hooks.optimizer], free, required=False)[0]]
+        hooks.followed.extend(new)
+        self._claim(new)
+
+    @property
+    def unfollowed(self) -> tuple[str, ...]:
+        """Masked parameters that none of the optimizers holds: their masks stay."""
+        held = {entry.name for hooks in self._hooks for entry in hooks.followed}
+        return tuple(name for name in owners_of(self._model) if name not in held)
 
     @property
     def step(self) -> int:
@@ -229,7 +258,7 @@ class MaskRuntime:
                     "dormant": None if record.dormant is None else record.dormant.clone(),
                 }
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "algorithm": self.algorithm,
             "settings": asdict(self.settings),
             "steps": [hooks.step for hooks in self._hooks],
@@ -244,11 +273,15 @@ class MaskRuntime:
             StateError: the state is of another version, algorithm, set of parameters, pattern or shape.
         """
         entries = {entry.name: entry for hooks in self._hooks for entry in hooks.followed}
-        _check_state(state, entries, self.algorithm, len(self._hooks))
+        check_state(state, {name: entry.record for name, entry in entries.items()}, self.algorithm, len(self._hooks))
         for name, saved in state["parameters"].items():
             entry = entries[name]
             parameter = entry.parameter().detach()
             entry.record.follow(parameter)
+            if not entry.record.merged and entry.record.dormant is not None:
+                # What loading the model's state_dict could not let participate, the saved mask may.
+                parameter.copy_(torch.where(entry.record.mask, parameter, entry.record.dormant))
+            entry.record.merged = False
             entry.record.density = saved["density"]
             entry.record.mask.copy_(saved["mask"])
             entry.record.threshold = None
@@ -265,93 +298,20 @@ def _step_was_skipped(optimizer: Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def _owners(model: nn.Module) -> dict[str, _Followed]:
-    modules = dict(model.named_modules())
-    owners: dict[str, _Followed] = {}
-    for name, _, record in sparse_parameters(model):
-        module_name, _, local_name = name.rpartition(".")
-        owners[name] = _Followed(name, modules[module_name], local_name, record)
-    if not owners:
-        raise StateError("attach was given a model without masked parameters; call sparsefx.sparsify(model) first")
-    return owners
+def _inside_its_own_step(optimizer: Optimizer) -> bool:
+    """Whether these hooks belong to a ``super().step()`` inside the optimizer's own step.
+
+    torch runs the hooks around the step of every class that has one. Only the outermost pair may act, and after a step that
+    raised no counter could tell which that is; the stack can.
+    """
+    frame, steps = inspect.currentframe(), 0
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _TORCH_OPTIMIZER_FILE and code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
+            steps += 1
+        frame = frame.f_back
+    return steps > 1
 
 
-def _plan(model: nn.Module, optimizers: Sequence[Optimizer], owners: dict[str, _Followed]) -> list[list[str]]:
-    """For each optimizer, the names of the masked parameters that it updates."""
-    by_identity = {id(entry.parameter()): name for name, entry in owners.items()}
-    for name, entry in owners.items():
-        if getattr(entry.parameter(), "_in_backward_optimizers", None):
-            raise OptimizerError(
-                f"{name} is updated by an optimizer fused into backward, whose steps cannot be followed; "
-                "use an ordinary optimizer and call optimizer.step() after backward"
-            )
-    plan: list[list[str]] = []
-    taken: dict[str, int] = {}
-    for position, optimizer in enumerate(optimizers):
-        if not callable(getattr(optimizer, "register_step_pre_hook", None)) or not callable(
-            getattr(optimizer, "register_step_post_hook", None)
-        ):
-            raise OptimizerError(
-                f"{type(optimizer).__name__} was given as an optimizer, but its steps cannot be hooked; expected a "
-                "torch.optim.Optimizer (or a class with register_step_pre_hook and register_step_post_hook)"
-            )
-        names = [by_identity[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in by_identity]
-        for name in names:
-            if taken.setdefault(name, position) != position:
-                raise OptimizerError(f"{name} is held by two of the optimizers given; one parameter has one optimizer")
-        plan.append(names)
-        if not names:
-            raise OptimizerError(
-                f"{type(optimizer).__name__} holds none of the model's {len(owners)} masked parameters; create the optimizer "
-                "from model.parameters() of the very model that was sparsified, after any move that replaces parameters"
-            )
-    return plan
-
-
-def _refuse_double_following(owners: dict[str, _Followed], plan: Iterable[Iterable[str]], replace: bool) -> None:
-    followed = [owners[name] for names in plan for name in names]
-    if any(_runtime_of(entry) is not None for entry in followed):
-        gc.collect()  # a forgotten optimizer and its hooks are a reference cycle
-    for entry in followed:
-        runtime = _runtime_of(entry)
-        if runtime is None:
-            continue
-        if not replace:
-            raise StateError(
-                f"{entry.name} is already followed by another MaskRuntime; call its detach(), or attach(..., replace=True)"
-            )
-        runtime.detach()
-
-
-def _runtime_of(entry: _Followed) -> MaskRuntime | None:
-    return None if entry.record.runtime is None else entry.record.runtime()
-
-
-def _check_state(state: dict[str, Any], entries: dict[str, _Followed], algorithm: str, optimizers: int) -> None:
-    def refuse(given: object, expected: object, remedy: str) -> StateError:
-        return StateError(f"the runtime state cannot be loaded: it has {given}, expected {expected}; {remedy}")
-
-    if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
-        version = state.get("version") if isinstance(state, dict) else type(state).__name__
-        raise refuse(f"version {version!r}", _STATE_VERSION, "give what MaskRuntime.state_dict() returned")
-    if state["algorithm"] != algorithm:
-        raise refuse(f"algorithm {state['algorithm']!r}", repr(algorithm), "sparsify with the algorithm it was saved with")
-    if len(state["steps"]) != optimizers:
-        raise refuse(f"{len(state['steps'])} optimizers", optimizers, "attach with the same optimizers")
-    odd = sorted(set(state["parameters"]) ^ set(entries))
-    if odd:
-        raise refuse(
-            f"{len(state['parameters'])} masked parameters",
-            len(entries),
-            f"only one side has {', '.join(odd[:3])}; sparsify with the same include and exclude",
-        )
-    for name, saved in state["parameters"].items():
-        record = entries[name].record
-        if saved["pattern"] != record.pattern.name:
-            raise refuse(f"pattern {saved['pattern']!r} for {name}", repr(record.pattern.name), "sparsify with that pattern")
-        if tuple(saved["mask"].shape) != tuple(record.mask.shape):
-            raise refuse(f"shape {tuple(saved['mask'].shape)} for {name}", tuple(record.mask.shape), "use the same model")
-        if (saved["dormant"] is None) != (record.dormant is None):
-            raise refuse(
-                f"dormant values {saved['dormant'] is not None} for {name}", record.dormant is not None, "same algorithm"
-            )
+def _count(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)

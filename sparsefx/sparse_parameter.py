@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from sparsefx.errors import StateError
 from sparsefx.patterns.base import Pattern
 
 _KEY = "_sparsefx_parameters"
@@ -32,9 +34,12 @@ class SparseParameter:
         mask: bool, the parameter's shape, True where a weight participates. Moved in place while training.
         dormant: the values n of the weights that do not participate, zero elsewhere, in the parameter's shape and
             dtype; None where the algorithm keeps none.
+        algorithm: name of the algorithm that it was sparsified with.
         threshold: the last magnitude threshold, a hint for the next search that never changes its result.
+        merged: True while the parameter holds dense weights, inside an optimizer step.
         runtime: the MaskRuntime that moves this mask, if one does; not copied and not pickled.
-        loading: True while a state_dict that holds the parameter is being loaded.
+        warning: the hook that warns of training without a runtime; not copied and not pickled.
+        loading: the tensor that is about to be loaded into the parameter, while a state_dict is.
     """
 
     pattern: Pattern
@@ -42,23 +47,51 @@ class SparseParameter:
     reduction_axis: int
     mask: Tensor
     dormant: Tensor | None = None
+    algorithm: str = "magnitude"
     threshold: float | None = None
+    merged: bool = False
     runtime: weakref.ReferenceType[Any] | None = field(default=None, repr=False)
-    loading: bool = False
+    warning: RemovableHandle | None = field(default=None, repr=False)
+    loading: Tensor | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "runtime": None, "loading": False}
+        return {**self.__dict__, "runtime": None, "warning": None, "loading": None}
 
     def follow(self, weight: Tensor) -> None:
         """Bring mask and dormant values to the weight's device, dtype and memory layout, where the user moved it."""
-        mask = self.mask
-        if mask.device != weight.device or mask.stride() != weight.stride():
-            self.mask = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
-        dormant = self.dormant
-        if dormant is not None and (
-            dormant.device != weight.device or dormant.dtype != weight.dtype or dormant.stride() != weight.stride()
-        ):
-            self.dormant = torch.empty_like(weight, requires_grad=False).copy_(dormant)
+        if not _alongside(self.mask, weight):
+            # The same tensor object, so that graphs that hold the mask stay in step.
+            self.mask = _moved(self.mask, torch.empty_like(weight, dtype=torch.bool))
+        if self.dormant is not None and (not _alongside(self.dormant, weight) or self.dormant.dtype != weight.dtype):
+            self.dormant = torch.empty_like(weight, requires_grad=False).copy_(self.dormant)
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor) -> None:
+        """Split a weight that an optimizer step left dense, by the mask that is in force."""
+        if not self.merged:
+            return
+        self.follow(weight)
+        if self.dormant is not None:
+            self.dormant.copy_(weight).masked_fill_(self.mask, 0)
+        weight.masked_fill_(~self.mask, 0)
+        self.merged = False
+
+
+def _alongside(tensor: Tensor, weight: Tensor) -> bool:
+    if tensor.device != weight.device:
+        return False
+    if tensor.stride() == weight.stride():
+        return True
+    # A weight that is a view with gaps: what stands beside it has the strides of a dense copy.
+    return tensor.stride() == torch.empty_like(weight, device="meta").stride()
+
+
+def _moved(mask: Tensor, empty: Tensor) -> Tensor:
+    empty.copy_(mask)
+    if mask.is_meta or empty.is_meta:
+        return empty
+    mask.data = empty
+    return mask
 
 
 def records_of(module: nn.Module) -> dict[str, SparseParameter]:
@@ -81,9 +114,14 @@ def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Spa
     """Every sparse parameter below ``model``: full name, the Parameter now in place, and its record."""
     for module_name, module in model.named_modules():
         for local_name, record in records_of(module).items():
-            parameter = module._parameters[local_name]
-            assert parameter is not None
-            yield (f"{module_name}.{local_name}" if module_name else local_name), parameter, record
+            name = f"{module_name}.{local_name}" if module_name else local_name
+            parameter = module._parameters.get(local_name)
+            if parameter is None:
+                raise StateError(
+                    f"{name} is sparse, but no longer a parameter of its module (a parametrization such as weight_norm or prune "
+                    "took its place); remove that, or call sparsefx.finalize(model) before it"
+                )
+            yield name, parameter, record
 
 
 def empty_channels(weight: Tensor, reduction_axis: int) -> int:

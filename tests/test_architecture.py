@@ -14,14 +14,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "report", "html", "schedules", "data", "inputs"),
     ("patterns",),
     ("algorithms", "ops", "sparse_parameter", "model_record", "checkpoint", "layers"),
-    ("program", "capture", "verify", "runtime", "analysis"),
+    ("program", "capture", "verify", "follow", "runtime", "analysis"),
     ("passes",),
     ("api", "onnx_audit"),
     ("", "cli", "integrations", "demo"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Files that were split off one of these, by how their names start.
-SPLIT_OFF = {"report_": "report", "demo_": "demo", "targets": "cli", "weights_file": "cli", "onnx_": "onnx_audit"}
+SPLIT_OFF = {
+    "report_": "report",
+    "runtime_": "runtime",
+    "demo_": "demo",
+    "targets": "cli",
+    "weights_file": "cli",
+    "onnx_": "onnx_audit",
+}
 
 
 def _files() -> list[Path]:

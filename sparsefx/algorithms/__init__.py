@@ -15,7 +15,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (MAGNITUDE, STATIC)
 def find(name: str) -> Algorithm:
     """The algorithm of this name. Raises OptionError, which lists the known names, where there is none."""
     by_name = {algorithm.name: algorithm for algorithm in ALGORITHMS}
-    if name in by_name:
+    if isinstance(name, str) and name in by_name:
         return by_name[name]
     close = difflib.get_close_matches(str(name), by_name, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""

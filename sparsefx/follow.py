@@ -1,0 +1,161 @@
+"""Which optimizer updates which masked parameter, and which cannot be followed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sparsefx.errors import OptimizerError, StateError
+from sparsefx.patterns import GlobalUnstructured
+from sparsefx.sparse_parameter import SparseParameter, records_of, sparse_parameters
+
+if TYPE_CHECKING:
+    from sparsefx.runtime import MaskRuntime
+
+
+@dataclass(eq=False)
+class Followed:
+    """One masked parameter that an optimizer updates; the Parameter is looked up anew at every step."""
+
+    name: str
+    module: nn.Module
+    local_name: str
+    record: SparseParameter
+    scaled: tuple[int, int] | None = None
+    """Identity and version of the gradient that was scaled last: a step that is tried again must not scale it twice."""
+
+    def parameter(self) -> nn.Parameter:
+        if records_of(self.module).get(self.local_name) is not self.record:
+            raise StateError(
+                f"{self.name}: the model was finalized or sparsified again while a MaskRuntime is attached; "
+                "call runtime.detach() before that, and attach again afterwards"
+            )
+        parameter = self.module._parameters.get(self.local_name)
+        if parameter is None:
+            raise StateError(f"{self.name}: a parametrization took the parameter's place; remove it, or call runtime.detach()")
+        return parameter
+
+
+def owners_of(model: nn.Module) -> dict[str, Followed]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners: dict[str, Followed] = {}
+    seen: dict[int, str] = {}
+    for full_name, parameter, record in sparse_parameters(model):
+        module_name, _, local_name = full_name.rpartition(".")
+        name = _plain(full_name)
+        if seen.setdefault(id(parameter), name) != name:
+            raise StateError(
+                f"{seen[id(parameter)]} and {name} are one parameter with two masks, since parts of the model were sparsified "
+                "apart; finalize both parts, and sparsify the whole model"
+            )
+        owners[name] = Followed(name, modules[module_name], local_name, record)
+    if not owners:
+        raise StateError("attach was given a model without masked parameters; call sparsefx.sparsify(model) first")
+    return owners
+
+
+def _plain(name: str) -> str:
+    """The parameter's name without what torch.compile and data parallel wrappers put into it."""
+    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod").removeprefix("module.")
+
+
+def plan_of(optimizers: Sequence[Optimizer], owners: dict[str, Followed], required: bool = True) -> list[list[str]]:
+    """For each optimizer, the names of the masked parameters that it updates."""
+    by_identity: dict[int, str] = {}
+    for name, entry in owners.items():
+        parameter = entry.parameter()
+        by_identity[id(parameter)] = name
+        if getattr(parameter, "_in_backward_optimizers", None):
+            raise OptimizerError(
+                f"{name} is updated by an optimizer fused into backward, whose steps cannot be followed; "
+                "use an ordinary optimizer and call optimizer.step() after backward"
+            )
+        if type(parameter) is not nn.Parameter:
+            raise OptimizerError(
+                f"{name} has become a {type(parameter).__name__}, which a mask runtime cannot follow (sharded parameters are not "
+                "supported); train it unsharded, or finalize the model first"
+            )
+    plan: list[list[str]] = []
+    taken: dict[str, int] = {}
+    for position, optimizer in enumerate(optimizers):
+        _expect_hookable(optimizer)
+        names = [by_identity[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in by_identity]
+        for name in names:
+            if taken.setdefault(name, position) != position:
+                raise OptimizerError(f"{name} is held by two of the optimizers given; one parameter has one optimizer")
+        plan.append(names)
+        if required and not names:
+            raise OptimizerError(
+                f"{type(optimizer).__name__} holds none of the model's {len(owners)} masked parameters; create the optimizer "
+                "from model.parameters() of the very model that was sparsified, after any move that replaces parameters"
+            )
+    return plan
+
+
+def _expect_hookable(optimizer: object) -> None:
+    hookable = not isinstance(optimizer, type) and all(
+        hasattr(optimizer, name)
+        for name in ("param_groups", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "register_step_pre_hook")
+    )
+    if not hookable or not getattr(type(optimizer).step, "hooked", False):  # type: ignore[attr-defined]
+        given = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+        raise OptimizerError(
+            f"attach was given {given} as an optimizer, but its steps cannot be hooked; expected a torch.optim.Optimizer "
+            "(of a wrapper around one, give the optimizer inside)"
+        )
+
+
+def refuse_split_threshold(owners: dict[str, Followed], plan: Sequence[Sequence[str]]) -> None:
+    together = {name for name, entry in owners.items() if isinstance(entry.record.pattern, GlobalUnstructured)}
+    for names in plan:
+        missing = sorted(together - set(names))
+        if missing and together & set(names):
+            raise OptimizerError(
+                f"{missing[0]} shares one threshold (pattern 'unstructured:global') with layers of an optimizer that does not "
+                "hold it; give one optimizer all of them, or use pattern 'unstructured'"
+            )
+
+
+def broadcast_masks(model: nn.Module) -> None:
+    """Replicas start from the masks of rank 0, as DistributedDataParallel starts them from its parameters."""
+    for wrapper in model.modules():
+        if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            continue
+        group = wrapper.process_group
+        source = torch.distributed.get_global_rank(group, 0)
+        for _, parameter, record in sparse_parameters(wrapper):
+            weight = parameter.detach()
+            record.follow(weight)
+            bits = record.mask.to(torch.uint8).contiguous()
+            torch.distributed.broadcast(bits, source, group=group)
+            record.mask.copy_(bits)
+            if record.dormant is not None:
+                values = record.dormant.contiguous()
+                torch.distributed.broadcast(values, source, group=group)
+                record.dormant.copy_(values)
+            weight.masked_fill_(~record.mask, 0)
+
+
+def refuse_double_following(owners: dict[str, Followed], plan: Iterable[Iterable[str]], replace: bool) -> None:
+    followed = [owners[name] for names in plan for name in names]
+    if any(runtime_of(entry) is not None for entry in followed):
+        gc.collect()  # a forgotten optimizer and its hooks are a reference cycle
+    for entry in followed:
+        runtime = runtime_of(entry)
+        if runtime is None:
+            continue
+        if not replace:
+            raise StateError(
+                f"{entry.name} is already followed by another MaskRuntime; call its detach(), or attach(..., replace=True)"
+            )
+        runtime.detach()
+
+
+def runtime_of(entry: Followed) -> MaskRuntime | None:
+    return None if entry.record.runtime is None else entry.record.runtime()

@@ -1,0 +1,66 @@
+"""Whether a saved runtime state fits a runtime, told before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefx.errors import StateError
+from sparsefx.sparse_parameter import SparseParameter
+
+STATE_VERSION = 1
+_SAVED = {"pattern", "density", "mask", "dormant"}
+
+
+def check_state(state: dict[str, Any], records: Mapping[str, SparseParameter], algorithm: str, optimizers: int) -> None:
+    def refuse(given: object, expected: object, remedy: str) -> StateError:
+        return StateError(f"the runtime state cannot be loaded: it has {given}, expected {expected}; {remedy}")
+
+    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
+        version = state.get("version") if isinstance(state, dict) else type(state).__name__
+        raise refuse(f"version {version!r}", STATE_VERSION, "give what MaskRuntime.state_dict() returned")
+    if not _is_whole(state):
+        raise refuse("missing or damaged entries", "all that MaskRuntime.state_dict() returned", "load an undamaged state")
+    if state["algorithm"] != algorithm:
+        raise refuse(f"algorithm {state['algorithm']!r}", repr(algorithm), "sparsify with the algorithm it was saved with")
+    if len(state["steps"]) != optimizers:
+        raise refuse(f"{len(state['steps'])} optimizers", optimizers, "attach with the same optimizers")
+    odd = sorted(set(state["parameters"]) ^ set(records))
+    if odd:
+        raise refuse(
+            f"{len(state['parameters'])} masked parameters",
+            len(records),
+            f"only one side has {', '.join(odd[:3])}; sparsify with the same include and exclude",
+        )
+    for name, saved in state["parameters"].items():
+        record = records[name]
+        if saved["pattern"] != record.pattern.name:
+            raise refuse(f"pattern {saved['pattern']!r} for {name}", repr(record.pattern.name), "sparsify with that pattern")
+        shape, mask, dormant = tuple(record.mask.shape), saved["mask"], saved["dormant"]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise refuse(f"another mask for {name}", f"bool {shape}", "use the same model")
+        if (dormant is None) != (record.dormant is None):
+            raise refuse(f"other dormant values for {name}", "those of this algorithm", "sparsify with the same algorithm")
+        if dormant is not None and (not isinstance(dormant, Tensor) or tuple(dormant.shape) != shape):
+            raise refuse(f"other dormant values for {name}", f"{shape}", "use the same model")
+        if not _fits(mask, record, saved["density"]):
+            raise refuse(f"a mask for {name} that is not {record.pattern.name}", "one that is", "load an undamaged state")
+
+
+def _is_whole(state: dict[str, Any]) -> bool:
+    parameters, steps = state.get("parameters"), state.get("steps")
+    if not isinstance(parameters, dict) or not isinstance(steps, list) or "algorithm" not in state:
+        return False
+    whole = all(isinstance(saved, dict) and saved.keys() >= _SAVED for saved in parameters.values())
+    return whole and all(isinstance(step, int) and step >= 0 for step in steps)
+
+
+def _fits(mask: Tensor, record: SparseParameter, density: object) -> bool:
+    """Whether the pattern allows the mask: among masks of a fixed density, it is then its own best mask."""
+    if record.pattern.fixed_density is None:
+        return isinstance(density, float) and 0 < density <= 1
+    best = record.pattern.mask(mask.to(torch.float32), reduction_axis=record.reduction_axis)
+    return bool(torch.equal(best, mask))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sparsefx.capture.arguments import describe_arguments, split_arguments
+from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
 from sparsefx.passes.onnx_check import (
     FileRunner,
@@ -27,9 +28,9 @@ from sparsefx.passes.onnx_check import (
     output_names,
     output_tensors,
 )
+from sparsefx.passes.onnx_evaluate import evaluating
 from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes
 from sparsefx.passes.onnx_names import Source, fold_transposes, make_plain, name_folded, name_outputs, name_sizes, strip_metadata
-from sparsefx.passes.onnx_preserve import preserved
 from sparsefx.passes.onnx_report import ExportedWeight, ExportReport, OutputError
 from sparsefx.passes.onnx_verify import annotate, promises_of, verify_file
 from sparsefx.passes.onnx_write import check_destination, write_checked
@@ -85,22 +86,19 @@ def lower_onnx(
     if generator is None:
         generator = torch.Generator().manual_seed(0)
 
-    with preserved(model) as restore:
+    with evaluating(model):
         try:
-            outputs = model(*inputs[0], **inputs[1])
+            with unchanged(model):
+                outputs = model(*inputs[0], **inputs[1])
         except Exception as error:
             raise CaptureError(
                 f"the model does not run on the example inputs {describe_arguments(*inputs)}: {type(error).__name__}: "
                 f"{first_line(error)}; give inputs that model(*args, **kwargs) accepts"
             ) from error
-        finally:
-            restore()
         if not output_tensors(outputs):
             raise ExportError("the model returns no tensor; an ONNX file needs at least one output")
-        try:
+        with unchanged(model):
             program = _capture(model, inputs, dynamic_shapes)
-        finally:
-            restore()
         exported, sources = _translate(program, opset, output_names(outputs), _size_names(program, dynamic_shapes))
         promises = promises_of(model, program)
         annotate(exported, sources)
@@ -118,7 +116,7 @@ def lower_onnx(
             weights.extend(found)
             checks.extend(texts)
             runner = FileRunner(file)
-            errors.extend(_compare_all(model, runner, program, plan, restore, tolerance, checks))
+            errors.extend(_compare_all(model, runner, program, plan, tolerance, checks))
 
         size = write_checked(exported, destination, check)
 
@@ -285,7 +283,6 @@ def _compare_all(
     runner: FileRunner,
     program: torch.export.ExportedProgram,
     plan: list[tuple[str, list[Inputs]]],
-    restore: Any,
     tolerance: float,
     checks: list[str],
 ) -> Iterator[list[OutputError]]:
@@ -295,7 +292,7 @@ def _compare_all(
         refusal: Exception | None = None
         for choice in choices:
             try:
-                rows = compare(model, runner, choice, names, restore, tolerance, sample)
+                rows = compare(model, runner, choice, names, tolerance, sample)
             except (ExportError, OSError):
                 raise
             except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparsefx.capture.state import unchanged
 from sparsefx.errors import ExportError
 from sparsefx.passes.onnx_inputs import Inputs
 from sparsefx.passes.onnx_report import OutputError
@@ -76,7 +77,6 @@ def compare(
     runner: FileRunner,
     inputs: Inputs,
     input_names: Sequence[Any],
-    restore: Callable[[], None],
     tolerance: float,
     sample: str,
 ) -> list[OutputError]:
@@ -87,7 +87,6 @@ def compare(
         runner: the file.
         inputs: positional and keyword arguments.
         input_names: the file's name of each input leaf; what is not text is a constant, which the file does not take.
-        restore: called after the model ran, so that a state it keeps does not carry over to the next sample.
         tolerance: of the output's largest magnitude.
         sample: what to call it in an error.
 
@@ -95,10 +94,8 @@ def compare(
         ExportError: another number or shape of outputs, or an error above ``tolerance``.
     """
     args, kwargs = inputs
-    try:
+    with unchanged(model):
         expected = output_tensors(model(*args, **kwargs))
-    finally:
-        restore()
     leaves = pytree.tree_leaves(inputs)
     named = {
         name: leaf for name, leaf in zip(input_names, leaves, strict=True) if isinstance(name, str) and isinstance(leaf, Tensor)

@@ -13,6 +13,10 @@ from sparsefx.layers import known_base
 from sparsefx.program import Program
 
 
+SMALLEST_VOCABULARY = 16
+"""Tables with fewer rows (segment types) are no vocabularies."""
+
+
 def embedding_parameters(program: Program) -> frozenset[int]:
     """``id`` of every parameter that an embedding reads, in a module or a functional call."""
     ids = {id(module.weight) for module in _embeddings(program.model)}
@@ -25,7 +29,7 @@ def vocabulary_sizes(program: Program) -> frozenset[int]:
     """Row counts of the embeddings; none where the graph shows that no integers are read."""
     if program.reads_tokens is False:
         return frozenset()
-    return frozenset(module.num_embeddings for module in _embeddings(program.model))
+    return frozenset(m.num_embeddings for m in _embeddings(program.model) if m.num_embeddings >= SMALLEST_VOCABULARY)
 
 
 def outside_blocks(program: Program) -> frozenset[int]:

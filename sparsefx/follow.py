@@ -30,8 +30,12 @@ class Followed:
     scaled: tuple[int, int] | None = None
     """Identity and version of the gradient that was scaled last: a step that is tried again must not scale it twice."""
 
+    def alive(self) -> bool:
+        """Whether the record still stands beside the parameter."""
+        return records_of(self.module).get(self.local_name) is self.record
+
     def parameter(self) -> nn.Parameter:
-        if records_of(self.module).get(self.local_name) is not self.record:
+        if not self.alive():
             raise StateError(
                 f"{self.name}: the model was finalized or sparsified again while a MaskRuntime is attached; "
                 "call runtime.detach() before that, and attach again afterwards"

@@ -59,7 +59,8 @@ class _OptimizerHooks:
         for handle in self._handles:
             handle.remove()
         for entry in self.followed:
-            entry.record.settle(entry.parameter().detach())
+            if entry.alive():
+                entry.record.settle(entry.parameter().detach())
 
     def _tensors(self, merged: bool) -> tuple[list[Tensor], list[SparseParameter]]:
         """The weights that are merged or not, and their records."""
@@ -188,6 +189,7 @@ class MaskRuntime:
         self.density_schedule = density_schedule
         self._model = model
         owners = owners_of(model)
+        self._names = tuple(owners)
         plan = plan_of(optimizers, owners)
         refuse_split_threshold(owners, plan)
         refuse_double_following(owners, plan, replace)
@@ -219,7 +221,7 @@ class MaskRuntime:
     def unfollowed(self) -> tuple[str, ...]:
         """Masked parameters that none of the optimizers holds: their masks stay."""
         held = {entry.name for hooks in self._hooks for entry in hooks.followed}
-        return tuple(name for name in owners_of(self._model) if name not in held)
+        return tuple(name for name in self._names if name not in held)
 
     @property
     def step(self) -> int:

@@ -427,12 +427,15 @@ def test_an_object_without_step_hooks_is_refused() -> None:
 def test_finalizing_under_a_runtime_is_told_at_the_next_step() -> None:
     model = sparsefx.sparsify(small_net())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    sparsefx.attach(model, optimizer, total_steps=5)
+    runtime = sparsefx.attach(model, optimizer, total_steps=5)
     train(model, optimizer, batches(1))
     sparsefx.finalize(model)
     loss_of(model, batches(1)[0]).backward()
     with pytest.raises(StateError, match="finalized"):
         optimizer.step()
+    runtime.detach()
+    assert runtime.report()["step"] == 1
+    optimizer.step()
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])

@@ -205,7 +205,9 @@ def graph(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
 
     It runs, and trains on the very parameters of ``model``; outputs and gradients equal the module's bit for bit, in the
     mode (train or eval) that the model is in now. Without ``example_inputs`` the shapes given to `sparsify` are used,
-    and where there were none, the model is traced without inputs.
+    and where there were none, the model is traced without inputs. One exception to equality: in eval mode *without gradients*
+    torch replaces nn.TransformerEncoderLayer and nn.MultiheadAttention by a fused kernel, which cannot be captured and rounds
+    differently; the graph holds the ordinary operations.
 
     Raises:
         StateError: the model is not sparsified.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,8 +15,11 @@ from sparsefx.errors import OptimizerError, StateError
 from sparsefx.patterns import GlobalUnstructured
 from sparsefx.sparse_parameter import SparseParameter, records_of, sparse_parameters
 
-if TYPE_CHECKING:
-    from sparsefx.runtime import MaskRuntime
+
+class Detachable(Protocol):
+    """What following needs to know of another MaskRuntime."""
+
+    def detach(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -161,5 +164,5 @@ def refuse_double_following(owners: dict[str, Followed], plan: Iterable[Iterable
         runtime.detach()
 
 
-def runtime_of(entry: Followed) -> MaskRuntime | None:
+def runtime_of(entry: Followed) -> Detachable | None:
     return None if entry.record.runtime is None else entry.record.runtime()

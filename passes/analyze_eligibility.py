@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from sparsefx.capture import capture
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import OptionError
 from sparsefx.passes.eligibility import Candidate, Eligibility
-from sparsefx.passes.language_models import embedding_parameters, heads, outside_blocks, vocabulary_sizes
+from sparsefx.passes.language_models import embedding_parameters, final_layers, heads, outside_blocks, vocabulary_sizes
 from sparsefx.passes.layer_weights import LayerWeight, layer_weights
 from sparsefx.passes.select_layers import Selection, Selector, select
 from sparsefx.passes.tensor_cores import tensor_core_refusal
@@ -90,7 +89,7 @@ def analyze_program(
     rule = eligibility or Eligibility()
     weights = layer_weights(program)
     modules = dict(program.model.named_modules(remove_duplicate=False))
-    parameters_by_layer = {weight.name: weight.full_name for weight in weights}
+    parameters_by_layer = {weight.name: _all_names(program, weight) for weight in weights}
     included = select(include, parameters_by_layer, modules, "include")
     excluded = select(exclude, parameters_by_layer, modules, "exclude")
     records = {id(parameter): record for _, parameter, record in sparse_parameters(program.model)}
@@ -120,11 +119,20 @@ def analyze_program(
     return Analysis(layers=tuple(layers), unseen=_unseen(program, weights), program=program)
 
 
+def _all_names(program: Program, weight: LayerWeight) -> tuple[str, ...]:
+    """Every name of a parameter, its layer's first: a tied one can be meant by any of them."""
+    for aliases in program.aliases.values():
+        if len(aliases) > 1 and weight.full_name in aliases:
+            return (weight.full_name, *(alias for alias in aliases if alias != weight.full_name))
+    return (weight.full_name,)
+
+
 def _candidates(program: Program) -> Callable[[LayerWeight], Candidate]:
     """The function that gathers what the rule looks at; what concerns the whole model is looked up once."""
     embedded = embedding_parameters(program)
     sizes = vocabulary_sizes(program)
     outside = outside_blocks(program)
+    finals = final_layers(program)
     head_ids = heads(program, outside)
     others_train = any(parameter.requires_grad for parameter in program.model.parameters())
 
@@ -134,7 +142,8 @@ def _candidates(program: Program) -> Callable[[LayerWeight], Candidate]:
         vocabulary = False
         if not isinstance(parameter, nn.UninitializedParameter) and parameter.ndim == 2:
             outputs, inputs = parameter.shape[1 - weight.reduction_axis], parameter.shape[weight.reduction_axis]
-            vocabulary = outputs in sizes and outputs != inputs and id(parameter) in outside
+            final = id(parameter) in finals if finals is not None else id(parameter) in outside
+            vocabulary = outputs in sizes and outputs != inputs and final
         return Candidate(
             name=weight.name,
             kind=weight.kind,
@@ -215,11 +224,13 @@ def _overlaps(model: nn.Module) -> dict[int, str]:
         by_storage.setdefault(address, []).append((start, start + extent, name, parameter))
     for entries in by_storage.values():
         entries.sort(key=lambda entry: entry[:2])
-        for (_, end, name, parameter), (start, _, other, neighbour) in pairwise(entries):
-            if start < end:
+        farthest = entries[0]
+        for entry in entries[1:]:
+            if entry[0] < farthest[1]:
                 text = "shares memory with {}, another Parameter; tie them by assigning one Parameter to both"
-                reasons.setdefault(id(parameter), text.format(other))
-                reasons.setdefault(id(neighbour), text.format(name))
+                reasons.setdefault(id(farthest[3]), text.format(entry[2]))
+                reasons.setdefault(id(entry[3]), text.format(farthest[2]))
+            farthest = max(farthest, entry, key=lambda one: one[1])
     return reasons
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from torch import fx, nn
 from sparsefx.capture import capture
 from sparsefx.capture.graph_uses import parameters_read
 from sparsefx.capture.uses import op_name
+from sparsefx.errors import CaptureError
 from sparsefx.ops.masked import MASKED_OPS
 from sparsefx.passes.base import Pass, PassResult, Pipeline
 from sparsefx.passes.copy_graph import copy_graph
@@ -71,7 +73,23 @@ def masked_graph(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule
     """
     program = capture(model, example_inputs)
     _ = program.whole  # refuses early, with the reasons
+    if example_inputs is None:
+        _expect_one_way_to_call(model)
     return Pipeline((InsertMasks(),)).run(program).program.whole
+
+
+def _expect_one_way_to_call(model: nn.Module) -> None:
+    """A trace without inputs takes every argument as given, so an argument that may be left out would be taken wrongly."""
+    optional = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    ]
+    if optional:
+        raise CaptureError(
+            f"the forward of {type(model).__name__} has arguments that may be left out ({', '.join(optional)}), and a graph "
+            "holds one way to call it; pass example_inputs"
+        )
 
 
 def _masked(original: fx.GraphModule, records: dict[int, tuple[str, SparseParameter]]) -> fx.GraphModule:

@@ -12,24 +12,30 @@ from torch import nn
 from sparsefx.layers import known_base
 from sparsefx.program import Program
 
-
 SMALLEST_VOCABULARY = 16
 """Tables with fewer rows (segment types) are no vocabularies."""
 
 
 def embedding_parameters(program: Program) -> frozenset[int]:
     """``id`` of every parameter that an embedding reads, in a module or a functional call."""
-    ids = {id(module.weight) for module in _embeddings(program.model)}
+    # Not `module.weight`: where that is computed, reading it may move what computes it.
+    ids = {id(module._parameters.get("weight")) for module in _embeddings(program.model)}
     parameters = dict(program.model.named_parameters())
     ids |= {id(parameters[name]) for name, sites in program.call_sites.items() if any(site.op == "embedding" for site in sites)}
     return frozenset(ids)
 
 
 def vocabulary_sizes(program: Program) -> frozenset[int]:
-    """Row counts of the embeddings; none where the graph shows that no integers are read."""
-    if program.reads_tokens is False:
-        return frozenset()
+    """Row counts of the embeddings."""
     return frozenset(m.num_embeddings for m in _embeddings(program.model) if m.num_embeddings >= SMALLEST_VOCABULARY)
+
+
+def final_layers(program: Program) -> frozenset[int] | None:
+    """``id`` of the weights behind whose products no further layer stands; None where that is unknown."""
+    if program.finals is None:
+        return None
+    parameters = dict(program.model.named_parameters())
+    return frozenset(id(parameters[name]) for name in program.finals)
 
 
 def outside_blocks(program: Program) -> frozenset[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sparsefx.capture.uses import is_known_product
 from sparsefx.layers import is_computed, known_weights
 from sparsefx.program import CallSite, Program
 
@@ -64,7 +65,7 @@ def layer_weights(program: Program) -> list[LayerWeight]:
                 )
     parameters = dict(program.model.named_parameters())
     for name, sites in program.call_sites.items():
-        products = [site for site in sites if site.multiplies]
+        products = [site for site in sites if site.multiplies or (site.problem and is_known_product(site.op))]
         if name in found or not products or parameters[name].ndim < 2:
             continue
         # What a parametrization computes a weight from is told of with the weight.
@@ -85,7 +86,6 @@ def _bare(
     model: nn.Module, name: str, parameters: Mapping[str, nn.Parameter], products: list[CallSite], sites: tuple[CallSite, ...]
 ) -> LayerWeight:
     path, _, local_name = name.rpartition(".")
-    axis = products[0].reduction_axis
-    assert axis is not None
+    axis, groups = _reading(tuple(products), 1, 1)
     kind = f"{type(model.get_submodule(path)).__name__}.{local_name}"
-    return LayerWeight(name, kind, name, parameters[name], sites, axis, products[0].groups)
+    return LayerWeight(name, kind, name, parameters[name], sites, axis, groups)

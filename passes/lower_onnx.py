@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from sparsefx.capture.arguments import describe_arguments, split_arguments
+from sparsefx.capture.arguments import copies, describe_arguments, split_arguments
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
 from sparsefx.passes.onnx_check import (
@@ -33,7 +33,7 @@ from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes
 from sparsefx.passes.onnx_names import Source, fold_transposes, make_plain, name_folded, name_outputs, name_sizes, strip_metadata
 from sparsefx.passes.onnx_report import ExportedWeight, ExportReport, OutputError
 from sparsefx.passes.onnx_verify import annotate, promises_of, verify_file
-from sparsefx.passes.onnx_write import check_destination, write_checked
+from sparsefx.passes.onnx_write import check_destination, destination_of, write_checked
 
 OLDEST_OPSET = 18
 _CHATTY = ("torch", "onnxscript", "onnx_ir")
@@ -79,7 +79,7 @@ def lower_onnx(
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     _check_options(opset, samples, tolerance)
-    destination = Path(path)
+    destination = destination_of(path)
     check_destination(destination)
     _check_weights(model)
     inputs = split_arguments(example_inputs)
@@ -88,8 +88,9 @@ def lower_onnx(
 
     with evaluating(model):
         try:
+            own_args, own_kwargs = copies(*inputs)
             with unchanged(model):
-                outputs = model(*inputs[0], **inputs[1])
+                outputs = model(*own_args, **own_kwargs)
         except Exception as error:
             raise CaptureError(
                 f"the model does not run on the example inputs {describe_arguments(*inputs)}: {type(error).__name__}: "
@@ -156,6 +157,8 @@ def _check_options(opset: int | None, samples: int, tolerance: float | None) -> 
 def _check_weights(model: nn.Module) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
+        if isinstance(tensor, nn.UninitializedParameter):
+            raise StateError(f"{name} is uninitialised (a lazy layer), so it has no values to export; run the model once first")
         if tensor.is_meta:
             raise StateError(f"{name} is on the meta device, so it has no values to export; load the weights first")
     for name, parameter in model.named_parameters():
@@ -194,7 +197,7 @@ def _capture(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> torch.exp
         text = first_line(error)
         if "pytree" in str(error):
             remedy = "return and take only tensors, tuples, lists and dicts (in transformers: model.config.use_cache = False)"
-        elif dynamic_shapes is not None and ("onstraint" in str(error) or "dynamic_shapes" in str(error)):
+        elif dynamic_shapes is not None and "ata-dependent" not in str(error):
             remedy = "bound the sizes with torch.export.Dim(name, min=..., max=...), and give examples of at least 2 along them"
         else:
             remedy = "make the forward free of branches on tensor values, or export the submodule that is"
@@ -224,6 +227,8 @@ def _size_names(program: torch.export.ExportedProgram, dynamic_shapes: Any) -> d
             continue
         for axis, size in spec.items() if isinstance(spec, dict) else enumerate(spec or ()):
             text = size if isinstance(size, str) else getattr(size, "__name__", "")
+            if not isinstance(axis, int) or not -value.ndim <= axis < value.ndim:
+                raise ExportError(f"dynamic_shapes has axis {axis!r} for {name}, which has {value.ndim} axes; give one of these")
             if text and isinstance(value.shape[axis], torch.SymInt):
                 names.setdefault(str(value.shape[axis]), text)
     return names

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparsefx.capture.arguments import copies
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import ExportError
 from sparsefx.passes.onnx_inputs import Inputs
@@ -93,7 +94,7 @@ def compare(
     Raises:
         ExportError: another number or shape of outputs, or an error above ``tolerance``.
     """
-    args, kwargs = inputs
+    args, kwargs = copies(*inputs)
     with unchanged(model):
         expected = output_tensors(model(*args, **kwargs))
     leaves = pytree.tree_leaves(inputs)

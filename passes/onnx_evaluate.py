@@ -18,7 +18,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Each run inside wants `unchanged` of its own, so that a state that the model keeps does not carry over to the next.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    with unchanged(model):
+    # Parameters too: an embedding with max_norm rescales its table in every forward.
+    with unchanged(model, parameters=True):
         try:
             # The fused path of nn.TransformerEncoderLayer is one opaque op, which no exporter translates.
             torch.backends.mha.set_fastpath_enabled(False)

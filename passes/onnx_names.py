@@ -136,7 +136,8 @@ def make_plain(model: ir.Model, sources: dict[str, Source]) -> None:
 def name_outputs(model: ir.Model, names: list[str]) -> None:
     """Name the graph's outputs, in place; a name that another value has stays as the exporter made it."""
     for value, name in zip(model.graph.outputs, names, strict=False):
-        if not value.is_graph_input() and not value.is_initializer() and not _is_taken(name, model.graph):
+        taken = name in model.graph.initializers or _is_taken(name, model.graph)
+        if not value.is_graph_input() and not value.is_initializer() and not taken:
             value.name = name
 
 

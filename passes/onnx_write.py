@@ -23,6 +23,20 @@ def tensor_bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
+def destination_of(path: object) -> Path:
+    """``path`` as a Path. Raises ExportError where it cannot name a file."""
+    try:
+        destination = Path(path)  # type: ignore[arg-type]
+        os.stat(destination)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"path={path!r} was given; expected the path of the file to write, as text") from error
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ExportError(f"{str(path)[:80]}: no file can have this path: {error.strerror}; choose another path") from error
+    return destination
+
+
 def check_destination(path: Path) -> Path:
     """The file that ``path`` names, links followed, in an existing writable directory; else an ExportError."""
     target = Path(os.path.realpath(path))

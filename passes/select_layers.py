@@ -15,7 +15,7 @@ Selection = Selector | Sequence[Selector] | None
 
 
 def select(
-    selection: Selection, layers: Mapping[str, str], modules: Mapping[str, nn.Module], option: str
+    selection: Selection, layers: Mapping[str, Sequence[str]], modules: Mapping[str, nn.Module], option: str
 ) -> frozenset[str] | None:
     """Names of the layers that a selection means; None where there is no selection.
 
@@ -23,7 +23,7 @@ def select(
         selection: one selector or a sequence of them; a layer is selected where any of them matches. A name or glob matches
             the layer, its parameter, or a module around it; a type matches a layer of that type or inside one; a predicate
             ``(name, module)`` is asked about the module that owns the weight.
-        layers: full parameter name by layer name.
+        layers: the full names of the layer's parameter by layer name: several where it is tied.
         modules: all modules of the model by path.
         option: ``"include"`` or ``"exclude"``, for the errors.
 
@@ -37,13 +37,13 @@ def select(
     chosen: set[str] = set()
     for selector in selectors:
         if isinstance(selector, str):
-            found = {name for name, parameter in layers.items() if _matches(selector, name, parameter)}
+            found = {name for name, full in layers.items() if any(_matches(selector, name, one) for one in full)}
             if not found:
                 raise EligibilityError(_nothing_matches(selector, layers, modules, option))
         elif isinstance(selector, type) and issubclass(selector, nn.Module):
-            found = {name for name, parameter in layers.items() if _inside(selector, parameter, modules)}
+            found = {name for name, full in layers.items() if any(_inside(selector, one, modules) for one in full)}
         elif not isinstance(selector, type) and callable(selector):
-            found = {name for name, parameter in layers.items() if selector(name, modules[parameter.rpartition(".")[0]])}
+            found = {name for name, full in layers.items() if selector(name, modules[full[0].rpartition(".")[0]])}
         else:
             raise OptionError(
                 f"{option} was given {selector!r}; expected a layer name, a glob, a module type, a predicate (name, module) -> "
@@ -55,7 +55,8 @@ def select(
 
 def _matches(text: str, name: str, parameter: str) -> bool:
     if any(sign in text for sign in "*?["):
-        return fnmatch.fnmatchcase(name, text) or fnmatch.fnmatchcase(parameter, text)
+        layer = parameter.rpartition(".")[0]
+        return any(fnmatch.fnmatchcase(one, text) for one in (name, parameter, layer))
     return text in (name, parameter) or parameter.startswith(f"{text}.")
 
 
@@ -69,7 +70,7 @@ def _inside(kind: type[nn.Module], parameter: str, modules: Mapping[str, nn.Modu
         path = path.rpartition(".")[0]
 
 
-def _nothing_matches(text: str, layers: Mapping[str, str], modules: Mapping[str, nn.Module], option: str) -> str:
+def _nothing_matches(text: str, layers: Mapping[str, Sequence[str]], modules: Mapping[str, nn.Module], option: str) -> str:
     close = difflib.get_close_matches(text, [*layers, *(path for path in modules if path)], n=3, cutoff=0.5)
     hint = f"close to it: {', '.join(close)}" if close else f"the first layers are: {', '.join(list(layers)[:3]) or 'none'}"
     return f"{option} was given {text!r}, which matches no Linear or Conv layer; {hint}"

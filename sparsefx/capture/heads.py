@@ -10,39 +10,84 @@ from torch import Tensor, fx
 from sparsefx.capture.graph_uses import parameters_read
 from sparsefx.capture.uses import EMBEDDINGS, SAME_ELEMENTS, VIEWS, is_known_product, op_name
 
-# What may stand between a head and the model's output: shapes, casts, normalisation to probabilities.
-_TRANSPARENT = SAME_ELEMENTS | VIEWS | {"softmax", "log_softmax", "sigmoid", "dropout", "cat", "stack", "output", "index"}
+# What may stand between a head and the model's output: shapes, casts, normalisation to probabilities, choices among
+# scores, means over positions, and the loss itself.
+_TRANSPARENT = (
+    SAME_ELEMENTS
+    | VIEWS
+    | {"softmax", "log_softmax", "sigmoid", "logsigmoid", "dropout", "cat", "stack", "output", "index", "getitem", "neg", "clamp"}
+    | {"masked_fill", "where", "mean", "sum", "amax", "max", "argmax", "topk", "gather"}
+    | {"cross_entropy_loss", "nll_loss", "nll_loss_nd", "mse_loss", "binary_cross_entropy_with_logits"}
+)
+# Scaling and shifting scores by what is no activation (a temperature, a bias, a mask); between two activations they are a
+# residual sum or a gate, and what feeds them is no head.
+_SCALING = frozenset(("add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "rsub", "truediv", "iadd", "imul"))
+_HEAD_PRODUCTS = frozenset(("linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "__matmul__"))
 
 
 def language_model_heads(graph_module: fx.GraphModule, names: Mapping[int, str]) -> frozenset[str]:
-    """Parameters of the layers whose products reach the output through shape ops, casts and softmax only, and no layer.
+    """Parameters of linear layers whose products are the output, but for what `_TRANSPARENT` lists, and feed no other layer.
 
-    Meant for graphs in which integers reach an embedding, see `reads_tokens`.
+    Only what is computed from embedded integers counts: the image side of a model of both has heads of another kind.
     """
-    nodes = list(graph_module.graph.nodes)
-    parameter_of = {
-        node: names[id(value)] for node, value in parameters_read(graph_module) if id(value) in names and value.ndim > 1
-    }
-    # Backwards, each node once: does its value reach the output untouched, and does it reach another layer?
+    parameter_of = _weights_read(graph_module, names)
+    activations = _from_tokens(graph_module)
     reaches_output: set[fx.Node] = set()
-    reaches_layer: set[fx.Node] = set()
     heads: set[str] = set()
-    for node in reversed(nodes):
-        name = "output" if node.op == "output" else op_name(node.target)
-        if any(user in reaches_output and _is_transparent(user) for user in node.users) or node.op == "output":
+    for node, feeds_layer in _backwards(graph_module, parameter_of):
+        transparent = (user for user in node.users if user in reaches_output and _passes_scores(user, activations))
+        if node.op == "output" or any(transparent):
             reaches_output.add(node)
-        reads_weight = is_known_product(name) and any(source in parameter_of for source in _sources(node))
-        if any(user in reaches_layer for user in node.users):
-            reaches_layer.add(node)
-        elif reads_weight and node in reaches_output:
-            heads.update(parameter_of[source] for source in _sources(node) if source in parameter_of)
-        if reads_weight:
-            reaches_layer.add(node)
+        read = _products_of(node, parameter_of)
+        plain = node.op == "call_function" and op_name(node.target) in _HEAD_PRODUCTS
+        if read and plain and not feeds_layer and node in reaches_output and node in activations:
+            heads.update(read)
     return frozenset(heads)
 
 
-def _is_transparent(node: fx.Node) -> bool:
-    return node.op == "output" or op_name(node.target) in _TRANSPARENT
+def final_layers(graph_module: fx.GraphModule, names: Mapping[int, str]) -> frozenset[str]:
+    """Parameters behind whose products no further layer stands, whatever else does."""
+    parameter_of = _weights_read(graph_module, names)
+    found: set[str] = set()
+    for node, feeds_layer in _backwards(graph_module, parameter_of):
+        if not feeds_layer:
+            found.update(_products_of(node, parameter_of))
+    return frozenset(found)
+
+
+def reads_tokens(graph_module: fx.GraphModule) -> bool:
+    """Whether an integer input of the graph reaches an embedding as its indices."""
+    return bool(_from_tokens(graph_module))
+
+
+def _backwards(graph_module: fx.GraphModule, parameter_of: Mapping[fx.Node, str]) -> list[tuple[fx.Node, bool]]:
+    """Every node, the output first, and whether a layer reads what comes of it."""
+    reaches_layer: set[fx.Node] = set()
+    found: list[tuple[fx.Node, bool]] = []
+    for node in reversed(list(graph_module.graph.nodes)):
+        feeds = any(user in reaches_layer for user in node.users)
+        found.append((node, feeds))
+        if feeds or _products_of(node, parameter_of):
+            reaches_layer.add(node)
+    return found
+
+
+def _weights_read(graph_module: fx.GraphModule, names: Mapping[int, str]) -> dict[fx.Node, str]:
+    return {node: names[id(value)] for node, value in parameters_read(graph_module) if id(value) in names and value.ndim > 1}
+
+
+def _products_of(node: fx.Node, parameter_of: Mapping[fx.Node, str]) -> list[str]:
+    """The weights that a layer reads; none where the node is no layer."""
+    if node.op not in ("call_function", "call_method") or not is_known_product(op_name(node.target)):
+        return []
+    return [parameter_of[source] for source in _sources(node) if source in parameter_of]
+
+
+def _passes_scores(node: fx.Node, activations: set[fx.Node]) -> bool:
+    name = "output" if node.op == "output" else op_name(node.target)
+    if name in _SCALING:
+        return sum(source in activations for source in node.all_input_nodes) == 1
+    return name in _TRANSPARENT
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
@@ -57,19 +102,22 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def reads_tokens(graph_module: fx.GraphModule) -> bool:
-    """Whether an integer input of the graph reaches an embedding as its indices."""
-    reached: set[fx.Node] = set()
+def _from_tokens(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """Embeddings whose indices are an integer input of the graph, and all that is computed from them."""
+    integers: set[fx.Node] = set()
+    activations: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        integral = isinstance(value, Tensor) and not value.dtype.is_floating_point
         if node.op == "placeholder":
-            value = node.meta.get("val")
-            if isinstance(value, Tensor) and not value.dtype.is_floating_point and value.dtype != torch.bool:
-                reached.add(node)
-        elif any(source in reached for source in node.all_input_nodes):
+            if integral and isinstance(value, Tensor) and value.dtype != torch.bool:
+                integers.add(node)
+        elif any(source in activations for source in node.all_input_nodes):
+            activations.add(node)
+        elif any(source in integers for source in node.all_input_nodes):
             if node.op == "call_function" and op_name(node.target) in EMBEDDINGS:
-                return True
+                activations.add(node)
             # Only integers are followed: what was computed from them through floats is no index any more.
-            value = node.meta.get("val")
-            if isinstance(value, Tensor) and not value.dtype.is_floating_point:
-                reached.add(node)
-    return False
+            elif integral:
+                integers.add(node)
+    return activations

@@ -11,7 +11,7 @@ from torch import fx, nn
 from sparsefx.capture.arguments import split_arguments
 from sparsefx.capture.export import export_graph
 from sparsefx.capture.graph_uses import graph_call_sites
-from sparsefx.capture.heads import language_model_heads, reads_tokens
+from sparsefx.capture.heads import final_layers, language_model_heads, reads_tokens
 from sparsefx.capture.observe import observe_run
 from sparsefx.capture.trace import trace_parts
 from sparsefx.layers import known_weights, runs_own_forward
@@ -40,6 +40,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     resisted: list[str] = []
     tokens: bool | None = None
     heads: frozenset[str] = frozenset()
+    finals: frozenset[str] | None = None
     complete = False
 
     uninitialized = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
@@ -61,6 +62,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
                 sites = graph_call_sites(graphs[""], names, Rung.EXPORT)
                 tokens = reads_tokens(graphs[""])
                 heads = language_model_heads(graphs[""], names) if tokens else heads
+                finals = final_layers(graphs[""], names)
             complete = True
         if not graphs:
             graphs, refusals = trace_parts(runs)
@@ -83,6 +85,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
         complete=complete,
         reads_tokens=tokens,
         heads=heads,
+        finals=finals,
     )
 
 
@@ -106,8 +109,8 @@ def _sites_by_type(model: nn.Module, names: dict[int, str], sites: Iterable[Call
                 names[id(parameter)], weight.op, path, Rung.MODULE, weight.reduction_axis, weight.groups, problem=problem
             )
             found.append(site)
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.weight is not None:
-            name = names.get(id(module.weight))
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            name = names.get(id(module._parameters.get("weight")))
             if name is not None and name not in embedded:
                 found.append(CallSite(name, "embedding", path, Rung.MODULE))
     return found

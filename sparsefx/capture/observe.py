@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsefx.capture.arguments import describe_arguments
+from sparsefx.capture.arguments import copies, describe_arguments
 from sparsefx.capture.graph_uses import as_site
 from sparsefx.capture.state import unchanged
 from sparsefx.capture.uses import METADATA, SAME_ELEMENTS, SCALINGS, VIEWS, View, op_name, read_uses
@@ -29,8 +29,9 @@ def observe_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     observer = _Observer(model, names)
     with unchanged(model, parameters=True):
         try:
+            own_args, own_kwargs = copies(args, kwargs)
             with observer:
-                model(*args, **kwargs)
+                model(*own_args, **own_kwargs)
         except Exception as error:
             mode = "train" if model.training else "eval"
             given = describe_arguments(args, kwargs)

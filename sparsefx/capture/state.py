@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,7 +76,7 @@ def _remember(value: Any, containers: dict[int, tuple[Any, Any]], tensors: dict[
         if isinstance(item, Tensor):
             if id(item) not in tensors and _copyable(item) and (all_ or not isinstance(item, nn.Parameter)):
                 tensors[id(item)] = (item, item.detach().clone())
-        elif isinstance(item, (list, dict, set)) and id(item) not in containers:
+        elif isinstance(item, (list, dict, set, deque)) and id(item) not in containers:
             containers[id(item)] = (item, item.copy())
             pending.extend(item.values() if isinstance(item, dict) else item)
         elif type(item) is tuple:
@@ -94,6 +95,10 @@ def _restore_container(container: Any, copy: Any) -> None:
     elif isinstance(container, list):
         if len(container) != len(copy) or any(a is not b for a, b in zip(container, copy, strict=True)):
             container[:] = copy
+    elif isinstance(container, deque):
+        if len(container) != len(copy) or any(a is not b for a, b in zip(container, copy, strict=True)):
+            container.clear()
+            container.extend(copy)
     elif container != copy:
         container.clear()
         container.update(copy)

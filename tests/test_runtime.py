@@ -17,32 +17,7 @@ from torch.func import functional_call
 import sparsefx
 from sparsefx.errors import NonFiniteError, OptimizerError, StateError
 from sparsefx.sparse_parameter import sparse_parameters
-
-
-def small_net(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 16)
-    )
-
-
-def batches(count: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(8, 16, 6, 6, generator=generator), torch.randint(0, 16, (8,), generator=generator)) for _ in range(count)
-    ]
-
-
-def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[tuple[Tensor, Tensor]]) -> None:
-    for batch in data:
-        optimizer.zero_grad()
-        loss_of(model, batch).backward()
-        optimizer.step()
-
+from tests.training import batches, loss_of, small_net, train
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
@@ -225,70 +200,6 @@ def test_several_optimizers_and_parameter_groups() -> None:
     assert runtime.report()["optimizers"] == ["SGD", "AdamW"]
     for a, b in zip(model.state_dict().values(), apart.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("order", ["model first", "runtime first"])
-@pytest.mark.parametrize("pattern", ["2:4", "2:4-transposable", "unstructured", "unstructured:global"])
-def test_a_resumed_run_is_the_same_run(order: str, pattern: str) -> None:
-    data = batches(12)
-    model = sparsefx.sparsify(small_net(), pattern=pattern)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    runtime = sparsefx.attach(model, optimizer, total_steps=12, reset_every=5)
-    train(model, optimizer, data[:7])
-    buffer = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "runtime": runtime.state_dict()}, buffer)
-    train(model, optimizer, data[7:])
-
-    buffer.seek(0)
-    state = torch.load(buffer, weights_only=True)
-    resumed = sparsefx.sparsify(small_net(seed=9), pattern=pattern)
-    again = torch.optim.AdamW(resumed.parameters(), 0.01)
-    second = sparsefx.attach(resumed, again, total_steps=12, reset_every=5)
-    if order == "runtime first":
-        second.load_state_dict(state["runtime"])
-    resumed.load_state_dict(state["model"])
-    again.load_state_dict(state["optimizer"])
-    if order == "model first":
-        second.load_state_dict(state["runtime"])
-    assert second.step == 7
-    train(resumed, again, data[7:])
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    first_state, second_state = runtime.state_dict(), second.state_dict()
-    for name, saved in first_state["parameters"].items():
-        assert torch.equal(saved["mask"], second_state["parameters"][name]["mask"])
-        assert torch.equal(saved["dormant"], second_state["parameters"][name]["dormant"])
-
-
-@pytest.mark.parametrize("change", ["version", "algorithm", "missing", "pattern", "shape", "optimizers", "junk"])
-def test_a_state_that_does_not_fit_is_refused_whole(change: str) -> None:
-    model = sparsefx.sparsify(small_net())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    runtime = sparsefx.attach(model, optimizer, total_steps=5)
-    train(model, optimizer, batches(2))
-    state = runtime.state_dict()
-    if change == "version":
-        state["version"] = 99
-    elif change == "algorithm":
-        state["algorithm"] = "static"
-    elif change == "missing":
-        del state["parameters"]["5.weight"]
-    elif change == "pattern":
-        state["parameters"]["5.weight"]["pattern"] = "1:4"
-    elif change == "shape":
-        state["parameters"]["5.weight"]["mask"] = torch.ones(2, 4, dtype=torch.bool)
-    elif change == "optimizers":
-        state["steps"] = [1, 2]
-    else:
-        state = {"epoch": 3}
-    before = copy.deepcopy((runtime.state_dict(), model.state_dict()))
-    with pytest.raises(StateError, match="cannot be loaded"):
-        runtime.load_state_dict(state)
-    after = (runtime.state_dict(), model.state_dict())
-    assert before[0]["steps"] == after[0]["steps"]
-    for name in before[0]["parameters"]:
-        assert torch.equal(before[0]["parameters"][name]["mask"], after[0]["parameters"][name]["mask"])
-    assert all(torch.equal(a, b) for a, b in zip(before[1].values(), after[1].values(), strict=True))
 
 
 @pytest.mark.parametrize("fused", [False, True])

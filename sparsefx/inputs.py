@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,12 @@ class BlankTensor:
 
 
 def without_values(example_inputs: Any) -> Any:
-    """The same structure with each tensor replaced by a `BlankTensor`; other values stay."""
+    """The same structure with each tensor replaced by a `BlankTensor`; plain values stay.
+
+    None where there are other values among them: a model must stay fit for pickling, whatever its inputs are.
+    """
+    if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in tree_leaves(example_inputs)):
+        return None
     return tree_map(
         lambda leaf: BlankTensor(tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf,
         example_inputs,

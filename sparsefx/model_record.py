@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsefx.report import LayerReport
-from sparsefx.sparse_parameter import records_of, sparse_parameters
+from sparsefx.sparse_parameter import SparseParameter, records_of, sparse_parameters
 
 _KEY = "_sparsefx_model"
 
@@ -30,6 +30,7 @@ class ModelRecord:
         inputs: zeros in the shapes of the example inputs, or None; what `graph` captures with.
         attached: whether a runtime follows some parameters.
         warned: whether training without a runtime was warned of.
+        watched: the parameters whose gradients are watched for that.
     """
 
     pattern: str
@@ -40,6 +41,21 @@ class ModelRecord:
     inputs: Any = None
     attached: bool = False
     warned: bool = False
+    watched: list[tuple[weakref.ReferenceType[nn.Parameter], weakref.ReferenceType[SparseParameter]]] = field(
+        default_factory=list, repr=False
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "attached": False, "warned": False, "watched": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelRecord:
+        """A copy that watches the copies of the parameters: those of a module are copied before this record is."""
+        twin = ModelRecord(self.pattern, self.density, self.algorithm, self.layers, self.unseen, self.inputs)
+        for parameter, sparse in self.watched:
+            copies = memo.get(id(parameter())), memo.get(id(sparse()))
+            if isinstance(copies[0], nn.Parameter) and isinstance(copies[1], SparseParameter):
+                _watch(twin, copies[0], copies[1])
+        return twin
 
 
 def model_records(model: nn.Module) -> Iterator[tuple[nn.Module, ModelRecord]]:
@@ -53,10 +69,21 @@ def model_records(model: nn.Module) -> Iterator[tuple[nn.Module, ModelRecord]]:
 def set_model_record(model: nn.Module, record: ModelRecord) -> None:
     """Put ``record`` at ``model``, and watch for gradients that reach a masked parameter no runtime follows."""
     model.__dict__[_KEY] = record
-    weak_record = weakref.ref(record)
-    for _, parameter, sparse in sparse_parameters(model):
-        if parameter.requires_grad and parameter.is_leaf:
-            sparse.warning = parameter.register_post_accumulate_grad_hook(_WarnUnattached(weak_record))
+    watch(model)
+
+
+def watch(model: nn.Module) -> None:
+    """Watch for gradients that reach masked parameters which no runtime follows, where that is not done already."""
+    for module, record in model_records(model):
+        for _, parameter, sparse in sparse_parameters(module):
+            if sparse.runtime is None and sparse.warning is None:
+                _watch(record, parameter, sparse)
+
+
+def _watch(record: ModelRecord, parameter: nn.Parameter, sparse: SparseParameter) -> None:
+    if parameter.requires_grad and parameter.is_leaf:
+        sparse.warning = parameter.register_post_accumulate_grad_hook(_WarnUnattached(weakref.ref(record)))
+        record.watched.append((weakref.ref(parameter), weakref.ref(sparse)))
 
 
 def remove_model_records(model: nn.Module) -> None:

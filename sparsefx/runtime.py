@@ -30,7 +30,7 @@ from sparsefx.follow import (
     refuse_split_threshold,
     runtime_of,
 )
-from sparsefx.model_record import model_records
+from sparsefx.model_record import model_records, watch
 from sparsefx.ops.split import merge, split
 from sparsefx.runtime_state import STATE_VERSION, check_state
 from sparsefx.schedules import DensitySchedule
@@ -234,6 +234,10 @@ class MaskRuntime:
             hooks.remove()
             for entry in hooks.followed:
                 entry.record.runtime = None
+        if all(entry.alive() for hooks in self._hooks for entry in hooks.followed):
+            for _, model_record in model_records(self._model):
+                model_record.attached = False
+            watch(self._model)
 
     def report(self) -> dict[str, Any]:
         """The values in force, the steps made, and which masked parameters no optimizer updates."""

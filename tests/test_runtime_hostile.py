@@ -482,3 +482,21 @@ def _replica(rank: int, folder: str) -> None:
     train(replica, optimizer, 4, first=10 * rank)
     torch.save({"masks": sparsefx.masks(model), "model": model.state_dict()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", ["deepcopy of a dense start", "deepcopy while attached", "detach"])
+def test_training_without_a_runtime_is_warned_of_in_copies_and_after_detach(way: str) -> None:
+    model = sparsefx.sparsify(net())
+    if way != "deepcopy of a dense start":
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        runtime = sparsefx.attach(model, optimizer, total_steps=100)
+        train(model, optimizer, 1)
+        if way == "detach":
+            runtime.detach()
+    other = model if way == "detach" else copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="no MaskRuntime is attached"):
+        backward(other)
+    sparsefx.attach(other, torch.optim.SGD(other.parameters(), 0.1), total_steps=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(other)

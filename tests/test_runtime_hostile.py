@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -459,29 +458,6 @@ def test_attach_masks_what_was_changed_since_sparsify() -> None:
     model[0].reset_parameters()
     sparsefx.attach(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=5)
     assert leaks(model) == 0
-
-
-def test_replicas_with_different_seeds_start_from_the_masks_of_the_first(tmp_path: Path) -> None:
-    if not torch.distributed.is_available():
-        pytest.skip("torch was built without torch.distributed")
-    torch.multiprocessing.spawn(_replica, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for name, saved in first["masks"].items():
-        assert torch.equal(saved, second["masks"][name])
-    for name, value in first["model"].items():
-        assert torch.equal(value, second["model"][name])
-
-
-def _replica(rank: int, folder: str) -> None:
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    model = sparsefx.sparsify(net(seed=rank))
-    replica = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(replica.parameters(), 0.1, momentum=0.9)
-    sparsefx.attach(replica, optimizer, total_steps=10)
-    train(replica, optimizer, 4, first=10 * rank)
-    torch.save({"masks": sparsefx.masks(model), "model": model.state_dict()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("way", ["deepcopy of a dense start", "deepcopy while attached", "detach"])

@@ -28,8 +28,9 @@ def _replica(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     model = sparsefx.sparsify(net(seed=rank))
     replica = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(replica.parameters(), 0.1, momentum=0.9)
-    sparsefx.attach(replica, optimizer, total_steps=10)
-    train(replica, optimizer, 4, first=10 * rank)
+    optimizer = torch.optim.SGD(replica.parameters(), 1.0, momentum=0.9)
+    # Dormant values must act, or replicas that differ in them alone would look equal.
+    sparsefx.attach(replica, optimizer, total_steps=100, exploit="none")
+    train(replica, optimizer, 12, first=100 * rank)
     torch.save({"masks": sparsefx.masks(model), "model": model.state_dict()}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -351,3 +351,15 @@ def test_scores_may_require_gradients_and_masks_do_not() -> None:
     for name in ("2:4", "2:4-transposable", "unstructured", "block:4x4", "channel"):
         assert not parse(name).mask(w).requires_grad
     assert not GlobalUnstructured().masks([w])[0].requires_grad
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (3, 4), (4, 8)])
+def test_of_equal_scores_in_a_group_the_first_stay(n: int, m: int) -> None:
+    """All groups of few distinct values, against a stable sort: every way in which members can tie."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cartesian_prod(*[torch.arange(3.0)] * m) if m <= 4 else torch.randint(0, 3, (4000, m), generator=generator)
+    scores = values.to(torch.float32).reshape(-1, m)
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    expected = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    assert torch.equal(parse(f"{n}:{m}").mask(scores), expected)
+    assert torch.equal(parse(f"{n}:{m}").mask(scores.T.contiguous(), reduction_axis=0), expected.T)

@@ -89,7 +89,7 @@ def analyze_program(
     rule = eligibility or Eligibility()
     weights = layer_weights(program)
     modules = dict(program.model.named_modules(remove_duplicate=False))
-    parameters_by_layer = {weight.name: _all_names(program, weight) for weight in weights}
+    parameters_by_layer = _all_names(program, weights)
     included = select(include, parameters_by_layer, modules, "include")
     excluded = select(exclude, parameters_by_layer, modules, "exclude")
     records = {id(parameter): record for _, parameter, record in sparse_parameters(program.model)}
@@ -113,18 +113,20 @@ def analyze_program(
             if any(site.problem for site in weight.sites) and not program.complete and "example_inputs" not in reason:
                 reason += "; pass example_inputs to look inside"
             if not reason:
-                refused = pattern.refusal(candidate.group_shape, reduction_axis=weight.reduction_axis)
+                shape, axis = candidate.pattern_shape
+                refused = pattern.refusal(shape, reduction_axis=axis)
                 reason = "" if refused is None else f"pattern {pattern.name!r} cannot be had: {refused}"
         layers.append(_row(program, weight, reason, "" if reason else pattern.name, 1.0 if reason else density))
     return Analysis(layers=tuple(layers), unseen=_unseen(program, weights), program=program)
 
 
-def _all_names(program: Program, weight: LayerWeight) -> tuple[str, ...]:
-    """Every name of a parameter, its layer's first: a tied one can be meant by any of them."""
-    for aliases in program.aliases.values():
-        if len(aliases) > 1 and weight.full_name in aliases:
-            return (weight.full_name, *(alias for alias in aliases if alias != weight.full_name))
-    return (weight.full_name,)
+def _all_names(program: Program, weights: list[LayerWeight]) -> dict[str, tuple[str, ...]]:
+    """Every name of each layer's parameter, the layer's own first: a tied one can be meant by any of them."""
+    tied = {alias: aliases for aliases in program.aliases.values() if len(aliases) > 1 for alias in aliases}
+    return {
+        weight.name: (weight.full_name, *(alias for alias in tied.get(weight.full_name, ()) if alias != weight.full_name))
+        for weight in weights
+    }
 
 
 def _candidates(program: Program) -> Callable[[LayerWeight], Candidate]:

@@ -24,7 +24,7 @@ class Candidate:
         kind: of the layer, as in its report.
         parameter: the weight itself.
         sites: every use that was seen.
-        reduction_axis: 0 or 1.
+        reduction_axis: 0 or 1; 2 for a stack of matrices.
         groups: of the convolutions that read it, else 1.
         embedded: whether an embedding reads the same parameter.
         vocabulary: whether it has as many outputs as an embedding of the model has rows, and is no repeated block's.
@@ -48,6 +48,15 @@ class Candidate:
         """Shape of the part of the weight that belongs to one group of the convolution."""
         shape = tuple(self.parameter.shape)
         return (shape[0] // self.groups, *shape[1:])
+
+    @property
+    def pattern_shape(self) -> tuple[tuple[int, ...], int]:
+        """The shape that a pattern is asked about, and its reduction axis: a stack of matrices counts as ``[n, out, in]``."""
+        shape = self.group_shape
+        if len(shape) != 3 or not self.sites or any(site.op.startswith("conv") for site in self.sites):
+            return shape, self.reduction_axis
+        stacked = [axis for axis in (0, 1, 2) if axis != self.reduction_axis] + [self.reduction_axis]
+        return tuple(shape[axis] for axis in stacked), 2
 
     @property
     def reduction_size(self) -> int:

@@ -26,8 +26,17 @@ def embedding_parameters(program: Program) -> frozenset[int]:
 
 
 def vocabulary_sizes(program: Program) -> frozenset[int]:
-    """Row counts of the embeddings."""
-    return frozenset(m.num_embeddings for m in _embeddings(program.model) if m.num_embeddings >= SMALLEST_VOCABULARY)
+    """Row counts of the embeddings that the model's input indexes; without a graph, of all about as large as the largest.
+
+    Tables of positions and segments are indexed by what the model counts itself, and are smaller.
+    """
+    if program.vocabularies is not None:
+        parameters = dict(program.model.named_parameters())
+        rows = [int(parameters[name].shape[0]) for name in program.vocabularies]
+    else:
+        every = [module.num_embeddings for module in _embeddings(program.model)]
+        rows = [count for count in every if 2 * count >= max(every)]
+    return frozenset(count for count in rows if count >= SMALLEST_VOCABULARY)
 
 
 def final_layers(program: Program) -> frozenset[int] | None:

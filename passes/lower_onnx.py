@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sparsefx.capture.arguments import copies, describe_arguments, split_arguments
+from sparsefx.capture.caches import caches, without_caches
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
 from sparsefx.passes.onnx_check import (
@@ -86,27 +87,29 @@ def lower_onnx(
     if generator is None:
         generator = torch.Generator().manual_seed(0)
 
-    with evaluating(model):
-        try:
-            own_args, own_kwargs = copies(*inputs)
-            with unchanged(model):
-                outputs = model(*own_args, **own_kwargs)
-        except Exception as error:
-            raise CaptureError(
-                f"the model does not run on the example inputs {describe_arguments(*inputs)}: {type(error).__name__}: "
-                f"{first_line(error)}; give inputs that model(*args, **kwargs) accepts"
-            ) from error
-        if not output_tensors(outputs):
-            raise ExportError("the model returns no tensor; an ONNX file needs at least one output")
+    checks: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        outputs = _run(model, inputs)
         with unchanged(model):
-            program = _capture(model, inputs, dynamic_shapes)
+            try:
+                program = _capture(model, inputs, dynamic_shapes)
+            except ExportError:
+                if not caches(model):
+                    raise
+                program = None
+        if program is None:
+            stack.enter_context(without_caches(model))
+            outputs = _run(model, inputs)
+            with unchanged(model):
+                program = _capture(model, inputs, dynamic_shapes)
+            checks.append("the cache of keys and values (use_cache) is left out of the outputs: ONNX has no form for it")
         exported, sources = _translate(program, opset, output_names(outputs), _size_names(program, dynamic_shapes))
         promises = promises_of(model, program)
         annotate(exported, sources)
         if tolerance is None:
             tolerance = default_tolerance([*model.parameters(), *output_tensors(outputs)])
         plan = list(_samples(program, inputs, samples, generator))
-        checks: list[str] = []
         weights: list[ExportedWeight] = []
         errors: list[list[OutputError]] = []
 
@@ -142,6 +145,22 @@ def lower_onnx(
         samples=len(errors),
         tolerance=tolerance,
     )
+
+
+def _run(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's outputs on the example inputs, which it may change and does not."""
+    try:
+        own_args, own_kwargs = copies(*inputs)
+        with unchanged(model):
+            outputs = model(*own_args, **own_kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"the model does not run on the example inputs {describe_arguments(*inputs)}: {type(error).__name__}: "
+            f"{first_line(error)}; give inputs that model(*args, **kwargs) accepts"
+        ) from error
+    if not output_tensors(outputs):
+        raise ExportError("the model returns no tensor; an ONNX file needs at least one output")
+    return outputs
 
 
 def _check_options(opset: int | None, samples: int, tolerance: float | None) -> None:

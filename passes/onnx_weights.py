@@ -95,6 +95,7 @@ def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
     of two or more axes.
     """
     opset = model.opset_imports.get("", 0) or model.opset_imports.get("ai.onnx", 0)
+    constant = _constant_values(model.graph)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         standard = _is_standard(node)
         for operand in _OPERANDS.get(node.op_type, ()) if standard else range(len(node.inputs)):
@@ -102,9 +103,9 @@ def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
                 continue
             value = node.inputs[operand]
             assert value is not None
-            names, problem = _origins(value)
-            if not names and not problem:
+            if id(value) not in constant:
                 continue  # an activation
+            names, problem = _origins(value)
             array = None if problem and "Constant" not in problem else _evaluate(value, opset, {})
             if array is None and not problem:
                 problem = "its values could not be computed from the file"
@@ -205,43 +206,46 @@ def _is_standard(node: ir.Node) -> bool:
     return node.domain in ("", "ai.onnx")
 
 
-def _origins(value: ir.Value) -> tuple[tuple[str, ...], str]:
-    """Names of the initializers a value is made from, and why it is not a plain weight.
+def _constant_values(graph: ir.Graph) -> set[int]:
+    """``id`` of every value that does not depend on the graph's inputs, nested graphs included: one walk, first node first."""
+    constant: set[int] = set()
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        operands = [operand for operand in node.inputs if operand is not None]
+        constant.update(id(operand) for operand in operands if operand.is_initializer())
+        alone = node.op_type == "Constant" or bool(operands)
+        if alone and all(id(operand) in constant for operand in operands):
+            constant.update(id(output) for output in node.outputs)
+    return constant
 
-    Both empty: the value depends on the graph's inputs, so it is an activation.
-    """
+
+def _origins(value: ir.Value) -> tuple[tuple[str, ...], str]:
+    """Names of the initializers that a constant is made from, and why it is not a plain weight."""
     names: list[str] = []
     problems: list[str] = []
     seen: set[int] = set()
-
-    def visit(current: ir.Value, data: bool) -> bool:
-        """False where the value is no constant. Only data operands (not shapes, axes, scales) give names."""
+    pending = [(value, True)]
+    while pending:
+        current, data = pending.pop()  # only data operands (not shapes, axes, scales) give names
         if id(current) in seen:
-            return True
+            continue
         seen.add(id(current))
+        producer = current.producer()
         if current.is_initializer():  # in old files an initializer is also listed as an input
             if data and current.name:
                 names.append(current.name)
-            return True
-        producer = current.producer()
-        if producer is None:
-            return False
-        if producer.op_type == "Constant":
+        elif producer is not None and producer.op_type == "Constant":
             if data:
                 names.append(current.name or "")
                 problems.append("it is a Constant node; sparse kernels take plain initializers only")
-            return True
-        constant = all(
-            visit(operand, data and (position == 0 or producer.op_type == "Concat"))
-            for position, operand in enumerate(producer.inputs)
-            if operand is not None
-        )
-        if constant and producer.op_type not in _TRANSPARENT_OPS and producer.inputs:
-            problems.append(f"it is computed in the graph by {producer.op_type}, which sparse kernels do not see through")
-        return constant and bool(producer.inputs)
-
-    if not visit(value, True):
-        return (), ""
+        elif producer is not None:
+            if producer.op_type not in _TRANSPARENT_OPS:
+                problems.append(f"it is computed in the graph by {producer.op_type}, which sparse kernels do not see through")
+            operands = [
+                (operand, data and (position == 0 or producer.op_type == "Concat"))
+                for position, operand in enumerate(producer.inputs)
+                if operand is not None
+            ]
+            pending.extend(reversed(operands))
     return tuple(names), problems[0] if problems else ""
 
 

@@ -18,7 +18,7 @@ def tensor_core_refusal(shape: Sequence[int], reduction_axis: int, groups: int, 
 
     Args:
         shape: of the weight.
-        reduction_axis: 0 or 1.
+        reduction_axis: 0 or 1; 2 for a stack of matrices.
         groups: of the convolution.
         op: what reads the weight.
         pattern: name of the pattern, empty for a dense layer.
@@ -29,6 +29,8 @@ def tensor_core_refusal(shape: Sequence[int], reduction_axis: int, groups: int, 
         return f"pattern {pattern!r} is not 2:4, the only structure that Sparse Tensor Cores take"
     if op.startswith("conv_transpose"):
         return "is a transposed convolution, for which no runtime is known to have a sparse kernel"
+    if not op.startswith("conv") and len(shape) == 3:
+        return "is a stack of matrices (as of a mixture of experts), for which no runtime is known to have a sparse kernel"
     return shape_refusal(shape[reduction_axis], shape[1 - reduction_axis], groups)
 
 

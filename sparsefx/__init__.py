@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from sparsefx import patterns, schedules
-from sparsefx.api import attach, audit, export_onnx, finalize, graph, masks, sparsify
+from sparsefx.api import attach, audit, export_onnx, export_parts, finalize, graph, masks, sparsify
 from sparsefx.errors import SparsefxError
 from sparsefx.passes.analyze_eligibility import Eligibility
 from sparsefx.runtime import MaskRuntime
@@ -20,6 +20,7 @@ __all__ = [
     "attach",
     "audit",
     "export_onnx",
+    "export_parts",
     "finalize",
     "graph",
     "masks",

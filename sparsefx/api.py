@@ -19,6 +19,7 @@ from sparsefx.model_record import ModelRecord, has_records, model_records, remov
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
 from sparsefx.passes.insert_masks import masked_graph
 from sparsefx.passes.lower_onnx import lower_onnx
+from sparsefx.passes.lower_parts import PartsReport, lower_parts
 from sparsefx.passes.onnx_report import ExportReport
 from sparsefx.patterns import GlobalUnstructured, Pattern
 from sparsefx.report import Audit, LayerReport
@@ -324,6 +325,20 @@ def export_onnx(
     """
     _expect_module(model, "export_onnx")
     return lower_onnx(model, example_inputs, path, dynamic_shapes=dynamic_shapes, opset=opset)
+
+
+def export_parts(model: nn.Module, example_inputs: Any, folder: str | PathLike[str], *, opset: int | None = None) -> PartsReport:
+    """Of a model that cannot be exported as a whole, write the largest submodules that can: a detector's backbone and heads.
+
+    Each file is checked as by `export_onnx`, named after its module's path, and takes what that module was given when the model
+    ran on ``example_inputs``. ``report.uncovered`` lists Linear/Conv weights that are in no file.
+
+    Raises:
+        CaptureError: the model does not run on the example inputs.
+        ExportError: no part can be exported, or a file cannot be written.
+    """
+    _expect_module(model, "export_parts")
+    return lower_parts(model, example_inputs, folder, opset=opset)
 
 
 def _expect_module(model: object, caller: str) -> None:

@@ -85,6 +85,7 @@ class Program:
         complete: whether every use of every parameter in a forward pass is in ``call_sites``.
         reads_tokens: whether an integer input reaches an embedding; None where there is no graph with dtypes.
         heads: where it does, parameters whose products reach the model's output through no further layer.
+        vocabularies: parameters of the embeddings that an integer input indexes; None where there is no graph with dtypes.
         finals: parameters behind whose products no further layer stands, whatever else does; None where there is no graph.
         history: names of the passes that made this Program, first to last.
     """
@@ -99,6 +100,7 @@ class Program:
     reads_tokens: bool | None = None
     heads: frozenset[str] = frozenset()
     finals: frozenset[str] | None = None
+    vocabularies: frozenset[str] | None = None
     history: tuple[str, ...] = ("capture",)
 
     @property

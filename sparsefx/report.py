@@ -31,7 +31,7 @@ class LayerReport:
             dense; None where the shapes are unknown.
         rung: of the capture ladder, 1 (torch.export) to 4 (the module alone).
         call_sites: where the weight is used, in order.
-        reduction_axis: 0 or 1, the axis along which the layer sums.
+        reduction_axis: 0 or 1, the axis along which the layer sums; 2 for a stack of matrices ``[n, out, in]``.
         tensor_core_reason: why Sparse Tensor Cores would not take it; empty where they would.
     """
 

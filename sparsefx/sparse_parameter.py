@@ -30,7 +30,7 @@ class SparseParameter:
     Attributes:
         pattern: what masks are allowed.
         density: share of weights that participate, as asked for.
-        reduction_axis: 0 or 1.
+        reduction_axis: 0 or 1; 2 for a stack of matrices.
         mask: bool, the parameter's shape, True where a weight participates. Moved in place while training.
         dormant: the values n of the weights that do not participate, zero elsewhere, in the parameter's shape and
             dtype; None where the algorithm keeps none.
@@ -125,6 +125,9 @@ def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Spa
 
 
 def empty_channels(weight: Tensor, reduction_axis: int) -> int:
-    """How many output channels (along the axis of the first two that is not ``reduction_axis``) hold only zeros."""
-    by_channel = weight.movedim(1 - reduction_axis, 0).flatten(1)
+    """How many output channels (along the axis of the first two that is not ``reduction_axis``) hold only zeros.
+
+    Of a stack of matrices (``reduction_axis`` 2), rows of any of them.
+    """
+    by_channel = weight.flatten(0, 1) if reduction_axis == 2 else weight.movedim(1 - reduction_axis, 0).flatten(1)
     return int((by_channel == 0).all(dim=1).sum())

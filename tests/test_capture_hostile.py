@@ -262,3 +262,26 @@ def test_bad_calls_of_export_are_one_line_errors(change: dict[str, Any], error: 
         sparsefx.export_onnx(**call)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+class ImageAndText(nn.Module):
+    """Projections that are as wide as the table of positions, behind which no layer stands: no vocabulary projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(96, 64), nn.Embedding(32, 64)
+        self.register_buffer("ids", torch.arange(32))
+        self.text, self.image, self.words = nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(32, 96)
+
+    def forward(self, tokens: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.tokens(tokens) + self.positions(self.ids[: tokens.shape[1]])
+        text = self.text(x.mean(1)).square()
+        return text, self.image(image).square(), self.words(text)
+
+
+@pytest.mark.parametrize("inputs", [None, (torch.ones(2, 5, dtype=torch.long), torch.ones(2, 64))])
+def test_projections_as_wide_as_the_table_of_positions_are_sparse(inputs: Any) -> None:
+    rows = {layer.name: layer for layer in sparsefx.audit(ImageAndText(), example_inputs=inputs).layers}
+    assert rows["text"].sparse
+    assert rows["image"].sparse
+    assert "vocabulary projection (96 outputs" in rows["words"].reason

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsefx.capture.caches import caches, without_caches
 from sparsefx.capture.graph_uses import attribute
 from sparsefx.capture.state import unchanged
 
@@ -26,10 +27,10 @@ def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
         except Exception:
-            if not _caches(model):
+            if not caches(model):
                 raise
             # The usual reason with transformers: the output holds a cache object, which is no tensor structure.
-            with _without_caches(model):
+            with without_caches(model):
                 program = torch.export.export(model, args, kwargs, strict=False)
         exported = program.module()
     _share_tensors(exported, model)
@@ -56,24 +57,6 @@ def _put(root: nn.Module, name: str, tensor: torch.Tensor, kind: str) -> None:
         slots: dict[str, torch.Tensor] = getattr(owner, kind)
         if local_name in slots and slots[local_name] is not tensor:
             slots[local_name] = tensor
-
-
-def _caches(model: nn.Module) -> list[Any]:
-    """The configurations, in the style of transformers, that ask for a cache of keys and values."""
-    configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
-    return [config for config in configs.values() if getattr(config, "use_cache", None) is True]
-
-
-@contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
-    configs = _caches(model)
-    for config in configs:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs:
-            config.use_cache = True
 
 
 def _keep(node: fx.Node) -> bool:

@@ -60,6 +60,17 @@ def reads_tokens(graph_module: fx.GraphModule) -> bool:
     return bool(_from_tokens(graph_module))
 
 
+def vocabularies(graph_module: fx.GraphModule, names: Mapping[int, str]) -> frozenset[str]:
+    """Parameters of the embeddings that an integer input of the graph indexes; tables of positions are none of them."""
+    integers, _ = _integers_and_activations(graph_module)
+    parameter_of = _weights_read(graph_module, names)
+    found: set[str] = set()
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and op_name(node.target) in EMBEDDINGS and any(s in integers for s in node.all_input_nodes):
+            found.update(parameter_of[source] for source in _sources(node) if source in parameter_of)
+    return frozenset(found)
+
+
 def _backwards(graph_module: fx.GraphModule, parameter_of: Mapping[fx.Node, str]) -> list[tuple[fx.Node, bool]]:
     """Every node, the output first, and whether a layer reads what comes of it."""
     reaches_layer: set[fx.Node] = set()
@@ -104,6 +115,11 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 
 def _from_tokens(graph_module: fx.GraphModule) -> set[fx.Node]:
     """Embeddings whose indices are an integer input of the graph, and all that is computed from them."""
+    return _integers_and_activations(graph_module)[1]
+
+
+def _integers_and_activations(graph_module: fx.GraphModule) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What is computed from integer inputs in integers, and what from embeddings that these index."""
     integers: set[fx.Node] = set()
     activations: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
@@ -120,4 +136,4 @@ def _from_tokens(graph_module: fx.GraphModule) -> set[fx.Node]:
             # Only integers are followed: what was computed from them through floats is no index any more.
             elif integral:
                 integers.add(node)
-    return activations
+    return integers, activations

@@ -11,7 +11,7 @@ from torch import fx, nn
 from sparsefx.capture.arguments import split_arguments
 from sparsefx.capture.export import export_graph
 from sparsefx.capture.graph_uses import graph_call_sites
-from sparsefx.capture.heads import final_layers, language_model_heads, reads_tokens
+from sparsefx.capture.heads import final_layers, language_model_heads, reads_tokens, vocabularies
 from sparsefx.capture.observe import observe_run
 from sparsefx.capture.trace import trace_parts
 from sparsefx.layers import known_weights, runs_own_forward
@@ -41,6 +41,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
     tokens: bool | None = None
     heads: frozenset[str] = frozenset()
     finals: frozenset[str] | None = None
+    tables: frozenset[str] | None = None
     complete = False
 
     uninitialized = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
@@ -63,6 +64,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
                 tokens = reads_tokens(graphs[""])
                 heads = language_model_heads(graphs[""], names) if tokens else heads
                 finals = final_layers(graphs[""], names)
+                tables = vocabularies(graphs[""], names)
             complete = True
         if not graphs:
             graphs, refusals = trace_parts(runs)
@@ -86,6 +88,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Program:
         reads_tokens=tokens,
         heads=heads,
         finals=finals,
+        vocabularies=tables,
     )
 
 

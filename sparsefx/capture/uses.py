@@ -143,6 +143,8 @@ _CONVOLUTIONS = {f"conv{n}d": n for n in (1, 2, 3)}
 _TRANSPOSED = {f"conv_transpose{n}d": n for n in (1, 2, 3)}
 _PRODUCTS = {"matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "__matmul__": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 _PRODUCTS.update({"addbmm": (1, 2), "mv": (0, 1), "addmv": (1, 2), "matvec": (0, 1)})
+# Products of groups of rows with one matrix each, of a stack: mixtures of experts.
+_PRODUCTS.update(dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), (0, 1)))
 # Fused ops, and how many leading arguments are activations: each matrix behind them is read as [out, in].
 _FUSED = {
     "multi_head_attention_forward": 3,
@@ -290,8 +292,9 @@ def _product(view: View, op: str, dimension: int, **fields: Any) -> Use:
     if axis is None:
         problem = f"{op} sums over something that is not one whole axis of the weight (a slice, or several axes at once)"
         return Use(view, op, problem=problem, **fields)
-    if axis > 1:
-        return Use(view, op, problem=f"{op} sums along axis {axis} of the weight; patterns run along axis 0 or 1", **fields)
+    if axis > 1 and (axis > 2 or len(view.shape) > 3):
+        problem = f"{op} sums along axis {axis} of the weight; patterns run along axis 0 or 1, or the last of a stack of matrices"
+        return Use(view, op, problem=problem, **fields)
     return Use(view, op, reduction_axis=axis, **fields)
 
 

@@ -16,7 +16,8 @@ class Pattern(ABC):
     """The masks that a weight may have.
 
     A weight has an *output axis* and a *reduction axis* among its first two axes: Linear ``[out, in]`` and Conv
-    ``[K, C, R, S]`` reduce along axis 1, ConvTranspose ``[C, K, R, S]`` and ``[in, out]`` matrices along axis 0.
+    ``[K, C, R, S]`` reduce along axis 1, ConvTranspose ``[C, K, R, S]`` and ``[in, out]`` matrices along axis 0. A stack of
+    matrices ``[n, out, in]``, as mixtures of experts have them, reduces along axis 2.
 
     Ties are broken by position, the same way everywhere: of equal scores, the one that comes first in
     row-major order of the weight stays (transposable patterns state their own order of patterns).
@@ -64,7 +65,7 @@ class Pattern(ABC):
         Args:
             scores: floating point, of the weight's shape. Only magnitudes count.
             density: share of weights that participate; None means the pattern's own (0.5 where it is free).
-            reduction_axis: 0 or 1, the axis along which the layer sums.
+            reduction_axis: 0 or 1, the axis along which the layer sums; 2 for a stack of matrices.
 
         Returns:
             bool tensor of the same shape and device, True where a weight participates.

@@ -28,7 +28,7 @@ class GlobalUnstructured(Pattern):
         return None
 
     def refusal(self, shape: Sequence[int], *, reduction_axis: int = 1) -> str | None:
-        return weight_refusal(shape, reduction_axis, axes=1)
+        return weight_refusal(shape, reduction_axis, axes=1, stacks=True)
 
     def masks(self, scores: Sequence[Tensor], density: float | None = None) -> list[Tensor]:
         """Masks that keep exactly ``round(density * weights in all layers)`` weights, at least one.

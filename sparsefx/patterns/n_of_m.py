@@ -42,7 +42,9 @@ class NOfM(Pattern):
         return self.n / self.m
 
     def refusal(self, shape: Sequence[int], *, reduction_axis: int = 1) -> str | None:
-        return weight_refusal(shape, reduction_axis) or divisibility_refusal(shape, reduction_axis, reduction_axis, self.m)
+        return weight_refusal(shape, reduction_axis, stacks=True) or divisibility_refusal(
+            shape, reduction_axis, reduction_axis, self.m
+        )
 
     def _mask(self, scores: Tensor, density: float, reduction_axis: int) -> Tensor:
         mask = torch.empty_like(scores, dtype=torch.bool)

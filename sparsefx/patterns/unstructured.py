@@ -25,7 +25,7 @@ class Unstructured(Pattern):
         return None
 
     def refusal(self, shape: Sequence[int], *, reduction_axis: int = 1) -> str | None:
-        return weight_refusal(shape, reduction_axis, axes=1)
+        return weight_refusal(shape, reduction_axis, axes=1, stacks=True)
 
     def _mask(self, scores: Tensor, density: float, reduction_axis: int) -> Tensor:
         return largest(scores, participating(density, scores.numel()))

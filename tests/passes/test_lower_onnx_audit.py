@@ -243,3 +243,12 @@ def test_external_data_that_is_missing_or_short(tmp_path: Path, damage: str, tex
         data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(ExportError, match=text):
         audit_onnx(path)
+
+
+def test_a_deep_graph_is_read_in_one_walk(tmp_path: Path) -> None:
+    depth = 3000
+    nodes = [helper.make_node("MatMul", ["x0", "w"], ["x1"])]
+    nodes += [helper.make_node("Relu", [f"x{index}"], [f"x{index + 1}"]) for index in range(1, depth)]
+    nodes += [helper.make_node("MatMul", [f"x{depth}", "w"], ["y"])]
+    file = save(tmp_path / "deep.onnx", nodes, {"w": two_of_four((16, 16), 0)}, {"x0": [2, 16]})
+    assert [(weight.name, weight.pattern) for weight in audit_onnx(file)] == [("w", "2:4"), ("w", "2:4")]

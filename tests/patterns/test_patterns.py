@@ -163,6 +163,11 @@ def test_pattern_that_is_no_text() -> None:
         ("2:4", (8,), 1, "1 axes; expected at least 2"),
         ("2:4", (0, 4), 1, "holds no weights"),
         ("2:4", (4, 4), 2, "reduction_axis=2 was given"),
+        ("2:4", (4, 4, 4), 3, "reduction_axis=3 was given"),
+        ("2:4", (3, 8, 6), 2, "6 along the reduction axis (axis 2"),
+        ("channel", (3, 8, 8), 2, "is a stack of matrices"),
+        ("2:4-transposable", (3, 8, 8), 2, "is a stack of matrices"),
+        ("block:1x4", (3, 8, 8), 2, "is a stack of matrices"),
         ("2:4-transposable", (6, 8), 1, "6 along the output axis (axis 0"),
         ("2:4-transposable", (8, 6), 1, "6 along the reduction axis (axis 1"),
         ("block:4x2", (6, 8), 1, "6 along the output axis"),
@@ -248,6 +253,13 @@ def test_transposable_equals_brute_force(kind: str) -> None:
     weight = blocks.view(100, 100, 4, 4).transpose(1, 2).reshape(400, 400)
     expected = best.view(100, 100, 4, 4).transpose(1, 2).reshape(400, 400)
     assert torch.equal(parse("2:4-transposable").mask(weight), expected)
+
+
+@pytest.mark.parametrize("name", ["2:4", "1:4", "4:8", "unstructured", "unstructured:global"])
+def test_a_stack_of_matrices_is_one_tall_matrix(name: str) -> None:
+    scores = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0))
+    pattern = parse(name)
+    assert torch.equal(pattern.mask(scores, reduction_axis=2).flatten(0, 1), pattern.mask(scores.flatten(0, 1), reduction_axis=1))
 
 
 def test_convolutions_have_groups_along_channels() -> None:

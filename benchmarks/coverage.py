@@ -4,6 +4,7 @@
     python benchmarks/coverage.py --only timm --jobs 2
     python benchmarks/coverage.py --shard 1/4          the first quarter, on one of four machines
     python benchmarks/coverage.py --again failed       once more what failed; finished models are not run twice otherwise
+    python benchmarks/coverage.py --draw 1 --out drawn 20 of timm and 10 of transformers that are not in the list, by seed
 
 Each model runs in a process of its own, with time and peak memory noted; each result is one JSON file under ``--out``, and all of
 them together give coverage.json and coverage.md there.
@@ -36,13 +37,21 @@ def main(
     shard: Annotated[str, typer.Option(help="k/n: the k-th of n equal parts.")] = "1/1",
     again: Annotated[str, typer.Option(help="Which finished models to run once more: none, failed or all.")] = "none",
     timeout: Annotated[int, typer.Option(help="Seconds for one model.")] = 1200,
+    draw: Annotated[
+        int | None, typer.Option(help="Instead of the list: 20 of timm and 10 of transformers, by this seed.")
+    ] = None,
     names: Annotated[bool, typer.Option("--list", help="Print the names of the models and stop.")] = False,
 ) -> None:
     """Run the sweep and write its tables."""
     from benchmarks.coverage_table import write_tables
     from benchmarks.zoo import LIBRARIES, cases
 
-    chosen = [case.full_name for library in LIBRARIES for case in cases(library) if _wanted(case.full_name, only)]
+    if draw is None:
+        chosen = [case.full_name for library in LIBRARIES for case in cases(library) if _wanted(case.full_name, only)]
+    else:
+        from benchmarks.zoo.drawn_models import draw_names
+
+        chosen = draw_names(draw)
     part, parts = (int(number) for number in shard.split("/"))
     chosen = chosen[part - 1 :: parts]
     if names:

@@ -48,9 +48,15 @@ def cases(library: str) -> list[Case]:
 
 
 def find(full_name: str) -> Case:
-    """The case with this ``library/name``."""
+    """The case with this ``library/name``, of the list or of those that can be drawn."""
     library, _, name = full_name.partition("/")
     for case in cases(library):
         if case.name == name:
             return case
+    if library in ("timm", "transformers") and find_spec(library) is not None:
+        from benchmarks.zoo.drawn_models import drawn_case
+
+        drawn = drawn_case(library, name)
+        if drawn is not None:
+            return drawn
     raise KeyError(f"{full_name} is no case of the zoo; expected library/name, as coverage.py --list prints them")

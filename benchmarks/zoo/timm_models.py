@@ -121,11 +121,11 @@ def timm_cases() -> list[Case]:
     return [timm_case(name, family) for family, name in SMALLEST.items()]
 
 
-def timm_case(name: str, family: str) -> Case:
-    """A timm model by name, with random weights."""
+def timm_case(name: str, family: str, *, own_size: bool = False) -> Case:
+    """A timm model by name, with random weights; images of the model's own size where that is asked for."""
     settings = timm.get_pretrained_cfg(name)
     channels, size, _ = settings.input_size
-    if not settings.fixed_input_size:
+    if not settings.fixed_input_size and not own_size:
         size = SIZES.get(name, 96)
 
     def build() -> nn.Module:

@@ -78,13 +78,24 @@ def audit(
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.", metavar="FILE")] = None,
     input_shape: InputShapes = None,
     no_inputs: Annotated[bool, typer.Option("--no-inputs", help="Look at the modules alone; FLOPs stay unknown.")] = False,
+    trtexec_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--trtexec-log", metavar="FILE", help="For file.onnx: what trtexec printed, to show its choices beside ours."
+        ),
+    ] = None,
+    details: Annotated[
+        bool, typer.Option("--details", help="For file.onnx: bytes in each encoding, and with --json every field.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Tell which layers of a model can be sparse, and why the others cannot."""
     with _one_line_errors(debug):
         if target.endswith(".onnx"):
-            _audit_onnx(target, as_json, html)
+            _audit_onnx(target, as_json, html, trtexec_log, details)
             return
+        if trtexec_log is not None or details:
+            raise OptionError(f"--trtexec-log and --details are for ONNX files, and {target} is a model; export it first")
         from sparsefx.targets import load_target
 
         with _busy(f"building {target}"):
@@ -256,15 +267,25 @@ def _free_batch(inputs: Any) -> Any:
     return tuple({0: torch.export.Dim("batch")} for _ in arguments)
 
 
-def _audit_onnx(path: str, as_json: bool, html: Path | None) -> None:
+def _audit_onnx(path: str, as_json: bool, html: Path | None, trtexec_log: Path | None, details: bool) -> None:
     from sparsefx.onnx_audit import audit_onnx
     from sparsefx.onnx_text import as_json_text, as_page, as_table
+    from sparsefx.onnx_trtexec import read_log, trtexec_command
 
+    log = None if trtexec_log is None else read_log(trtexec_log)
     with _busy(f"reading {path}"):
         found = audit_onnx(path)
     if html is not None:
         from sparsefx.html import write_text
 
-        write_text(html, as_page(path, found))
+        write_text(html, as_page(path, found, log=log))
         _note(f"wrote {html}")
-    typer.echo(as_json_text(path, found) if as_json else as_table(path, found))
+    command = f"ask TensorRT itself: {trtexec_command(path, found)}" if found and log is None else ""
+    if as_json:
+        typer.echo(as_json_text(path, found, log=log, details=details))
+        if command:
+            _note(command)
+    else:
+        typer.echo(as_table(path, found, log=log, details=details))
+        if command:
+            typer.echo(command)

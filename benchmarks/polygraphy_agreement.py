@@ -98,14 +98,20 @@ def make_every_second_sparse(model: nn.Module, inputs: Any) -> None:
 
 
 def told_by_polygraphy(path: Path) -> tuple[set[str], set[str]]:
-    """The weights that polygraphy finds 2:4, and all that it looked at."""
+    """The weights that polygraphy finds 2:4, and all that it looked at.
+
+    On bfloat16 weights with an axis of few values it fails with an IndexError; what it found until then counts.
+    """
     from polygraphy.logger import G_LOGGER
     from polygraphy.tools.sparse import SparsityPruner
 
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
     pruner = SparsityPruner(onnx.load(path))
     with np.errstate(over="ignore"):  # polygraphy compares float16 values with the largest double
-        pruner.check()
+        try:
+            pruner.check()
+        except IndexError as error:
+            print(f"{path.name}: polygraphy fails: {error}")
     return set(pruner.sparse_tensors), set(pruner.prune_infos)
 
 

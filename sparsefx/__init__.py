@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from sparsefx import patterns, schedules
 from sparsefx.api import attach, audit, export_onnx, finalize, graph, masks, sparsify
 from sparsefx.errors import SparsefxError
+from sparsefx.onnx_audit import audit_onnx
+from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
 from sparsefx.runtime import MaskRuntime
 
@@ -19,6 +21,9 @@ __all__ = [
     "SparsefxError",
     "attach",
     "audit",
+    "audit_onnx",
+    "compact_onnx",
+    "densify_onnx",
     "export_onnx",
     "finalize",
     "graph",

@@ -18,7 +18,7 @@ from sparsefx.inputs import with_zeros, without_values
 from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
 from sparsefx.passes.insert_masks import masked_graph
-from sparsefx.passes.lower_onnx import lower_onnx
+from sparsefx.passes.lower_onnx import Encoding, lower_onnx
 from sparsefx.passes.onnx_report import ExportReport
 from sparsefx.patterns import GlobalUnstructured, Pattern
 from sparsefx.report import Audit, LayerReport
@@ -305,6 +305,7 @@ def export_onnx(
     *,
     dynamic_shapes: Any = None,
     opset: int | None = None,
+    weights: Encoding = "plain",
 ) -> ExportReport:
     """Write ``model`` as an ONNX file that was checked: patterns, the ONNX checker, and onnxruntime against the model.
 
@@ -316,6 +317,8 @@ def export_onnx(
         path: where to write.
         dynamic_shapes: as for ``torch.export.export``.
         opset: ONNX opset version; None means the exporter's default.
+        weights: ``"plain"`` initializers, or ``"compact"``: 2:4 weights as values and 4-bit codes, which standard ops
+            decode when a runtime loads the file. TensorRT needs plain ones; `densify_onnx` restores them.
 
     Raises:
         ExportError: torch.export refuses the model, a check fails, or the file cannot be written.
@@ -323,7 +326,7 @@ def export_onnx(
         NonFiniteError: a weight holds NaN or infinity.
     """
     _expect_module(model, "export_onnx")
-    return lower_onnx(model, example_inputs, path, dynamic_shapes=dynamic_shapes, opset=opset)
+    return lower_onnx(model, example_inputs, path, dynamic_shapes=dynamic_shapes, opset=opset, weights=weights)
 
 
 def _expect_module(model: object, caller: str) -> None:

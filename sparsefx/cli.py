@@ -125,6 +125,9 @@ def export(
     input_shape: InputShapes = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset version; the exporter's default where it is left out.")] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the first axis of every input free.")] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Store 2:4 weights as values and 4-bit codes; sparsefx densify undoes it.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a model as an ONNX file, checked against onnxruntime."""
@@ -147,8 +150,39 @@ def export(
             sparsefx.sparsify(loaded.model, pattern=pattern, algorithm="static", example_inputs=inputs)
         with _busy(f"exporting {target} and comparing it with onnxruntime"):
             report = sparsefx.export_onnx(
-                loaded.model, inputs, out, dynamic_shapes=_free_batch(inputs) if dynamic_batch else None, opset=opset
+                loaded.model,
+                inputs,
+                out,
+                dynamic_shapes=_free_batch(inputs) if dynamic_batch else None,
+                opset=opset,
+                weights="compact" if compact else "plain",
             )
+        typer.echo(str(report))
+
+
+OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX file to rewrite.")]
+Rewritten = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write; without it the file itself is replaced.")]
+
+
+@app.command()
+def densify(file: OnnxFile, out: Rewritten = None, debug: Debug = False) -> None:
+    """Restore the plain weights of an ONNX file that was exported compact, bit for bit."""
+    with _one_line_errors(debug):
+        from sparsefx.onnx_files import densify_onnx
+
+        with _busy(f"rewriting {file}"):
+            report = densify_onnx(file, out)
+        typer.echo(str(report))
+
+
+@app.command()
+def compact(file: OnnxFile, out: Rewritten = None, debug: Debug = False) -> None:
+    """Store the 2:4 weights of an ONNX file as values and 4-bit codes, in standard ops; densify undoes it."""
+    with _one_line_errors(debug):
+        from sparsefx.onnx_files import compact_onnx
+
+        with _busy(f"rewriting {file}"):
+            report = compact_onnx(file, out)
         typer.echo(str(report))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common
 
+from sparsefx.passes.compact_weights import densify
 from sparsefx.passes.onnx_read import read_onnx
 from sparsefx.passes.onnx_verify import SOURCE_KEY
 from sparsefx.passes.onnx_weights import (
@@ -75,10 +76,11 @@ def audit_onnx(path: str | os.PathLike[str]) -> tuple[OnnxWeight, ...]:
     model, sparse = read_onnx(path, densify=True)
     if model.functions:
         ir.passes.common.InlinePass()(model)
-    return tuple(_row(use, model.graph, sparse) for use in weight_uses(model))
+    compact = frozenset(densify(model))
+    return tuple(_row(use, model.graph, sparse, compact) for use in weight_uses(model))
 
 
-def _row(use: WeightUse, graph: ir.Graph, sparse: frozenset[str]) -> OnnxWeight:
+def _row(use: WeightUse, graph: ir.Graph, sparse: frozenset[str], compact: frozenset[str]) -> OnnxWeight:
     array, axis = use.array, use.axis
     shape = () if array is None else tuple(int(size) for size in array.shape)
     tensors = [graph.initializers[name].const_value for name in use.initializers if name in graph.initializers]
@@ -89,6 +91,9 @@ def _row(use: WeightUse, graph: ir.Graph, sparse: frozenset[str]) -> OnnxWeight:
     if not sparse.isdisjoint(use.initializers):
         encoding = "sparse"
         reason = "it is stored as a sparse tensor, which TensorRT rejects; write it as a plain initializer"
+    elif not compact.isdisjoint(use.initializers):
+        encoding = "compact"
+        reason = reason or "it is in the compact encoding, which TensorRT does not take for a weight; run sparsefx densify first"
     picked, note = _prediction(use, shape, dtype.name, reason)
     sources = [tensor.metadata_props.get(SOURCE_KEY, "") for tensor in tensors if tensor is not None]
     nonzero = 0 if array is None else int(np.count_nonzero(array != 0))

@@ -20,6 +20,7 @@ from sparsefx.capture.arguments import copies, describe_arguments, split_argumen
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
 from sparsefx.passes.compact_weights import compact, densify
+from sparsefx.passes.onnx_bfloat16 import float32_inputs, float32_model, round_folded, write_float32_twin
 from sparsefx.passes.onnx_check import (
     FileRunner,
     check_standard,
@@ -30,7 +31,7 @@ from sparsefx.passes.onnx_check import (
     output_tensors,
 )
 from sparsefx.passes.onnx_evaluate import evaluating
-from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes
+from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes, with_free_batch
 from sparsefx.passes.onnx_names import (
     Source,
     fold_transposes,
@@ -49,7 +50,8 @@ OLDEST_OPSET = 18
 Encoding = Literal["plain", "compact"]
 _CHATTY = ("torch", "onnxscript", "onnx_ir")
 # Types that onnxruntime has no CPU kernels for, so that a file in them could not be compared with the model.
-_UNCHECKABLE = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_UNCHECKABLE = (torch.float8_e4m3fn, torch.float8_e5m2)
+_BFLOAT16_OPSET = 22  # the first in which convolutions take bfloat16
 
 
 def lower_onnx(
@@ -58,6 +60,7 @@ def lower_onnx(
     path: str | os.PathLike[str],
     *,
     dynamic_shapes: Any = None,
+    dynamic_batch: bool = False,
     opset: int | None = None,
     weights: Encoding = "plain",
     tolerance: float | None = None,
@@ -75,11 +78,13 @@ def lower_onnx(
         path: of the file to write. Above 2 GB the weights go to a second file beside it.
         dynamic_shapes: as for `torch.export.export`; a text in place of a ``Dim`` names a dynamic size. The file is then
             compared on a second size too.
+        dynamic_batch: leave the first axis of every input tensor free, in place of ``dynamic_shapes``. Examples of batch 1 are
+            doubled, since torch.export takes a size of 1 for a constant.
         opset: version of the ONNX operator set, from 18; None means the exporter's default.
         weights: ``"plain"``: initializers, which every tool reads; ``"compact"``: weights that are 2:4 as two values and a
             4-bit code for each group of four, in standard ops, about 56 % of the bytes in float16; see `compact_weights`.
         tolerance: largest error allowed, relative to each output's largest magnitude; None means 1e-4 for float32, 2e-2
-            for float16, 1e-1 for bfloat16, 1e-9 for float64.
+            for float16, 2e-2 for bfloat16 (which is compared in float32), 1e-9 for float64.
         samples: how many inputs to compare: the example itself, then random ones like it.
         generator: on the CPU, draws the random inputs; None means a fresh one with a fixed seed.
 
@@ -97,6 +102,15 @@ def lower_onnx(
     check_destination(destination)
     _check_weights(model)
     inputs = split_arguments(example_inputs)
+    if dynamic_batch:
+        if dynamic_shapes is not None:
+            raise OptionError(
+                "dynamic_batch and dynamic_shapes were both given; name the batch in dynamic_shapes, or leave it out"
+            )
+        inputs, dynamic_shapes = with_free_batch(model, inputs)
+    in_bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in (*model.parameters(), *model.buffers()))
+    if in_bfloat16 and opset is None:
+        opset = _BFLOAT16_OPSET
     if generator is None:
         generator = torch.Generator().manual_seed(0)
 
@@ -135,8 +149,14 @@ def lower_onnx(
             found, texts = verify_file(read, model, promises, sources)
             rows.extend(found)
             checks.extend(texts)
-            runner = FileRunner(file)
-            errors.extend(_compare_all(model, runner, program, plan, tolerance, checks))
+            if in_bfloat16:
+                twin = file.with_name("float32-twin.onnx")
+                write_float32_twin(file, twin)
+                checks.append("compared in float32, since onnxruntime has no bfloat16 kernels on the CPU")
+                copied = [(sample, [float32_inputs(choice) for choice in choices]) for sample, choices in plan]
+                errors.extend(_compare_all(float32_model(model), FileRunner(twin), program, copied, tolerance, checks))
+            else:
+                errors.extend(_compare_all(model, FileRunner(file), program, plan, tolerance, checks))
 
         size = write_checked(exported, destination, check)
 
@@ -199,7 +219,7 @@ def _check_weights(model: nn.Module) -> None:
         if parameter.dtype in _UNCHECKABLE:
             raise ExportError(
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, for which onnxruntime has no CPU kernels, so "
-                f"the file could not be checked; export model.float() or model.half(): TensorRT can still build it in bfloat16"
+                f"the file could not be checked; export model.float(), model.half() or model.bfloat16()"
             )
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise NonFiniteError(f"{name} holds NaN or infinity; an export needs finite weights: load a sound checkpoint")
@@ -286,6 +306,7 @@ def _translate(
             f"the model has no ONNX form: {first_line(cause)}; replace that op in the model, or try a newer opset"
         ) from error
     model = translated.model
+    round_folded(model)
     sources = name_folded(model, sources)
     make_plain(model, sources)
     without_negative_zeros(model)

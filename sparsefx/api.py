@@ -304,6 +304,7 @@ def export_onnx(
     path: str | PathLike[str],
     *,
     dynamic_shapes: Any = None,
+    dynamic_batch: bool = False,
     opset: int | None = None,
     weights: Encoding = "plain",
 ) -> ExportReport:
@@ -315,7 +316,8 @@ def export_onnx(
         model: sparsified, finalized or plain.
         example_inputs: as for `sparsify`.
         path: where to write.
-        dynamic_shapes: as for ``torch.export.export``.
+        dynamic_shapes: as for ``torch.export.export``; a text in place of a ``Dim`` names a dynamic size.
+        dynamic_batch: leave the first axis of every input tensor free, in place of ``dynamic_shapes``.
         opset: ONNX opset version; None means the exporter's default.
         weights: ``"plain"`` initializers, or ``"compact"``: 2:4 weights as values and 4-bit codes, which standard ops
             decode when a runtime loads the file. TensorRT needs plain ones; `densify_onnx` restores them.
@@ -326,7 +328,15 @@ def export_onnx(
         NonFiniteError: a weight holds NaN or infinity.
     """
     _expect_module(model, "export_onnx")
-    return lower_onnx(model, example_inputs, path, dynamic_shapes=dynamic_shapes, opset=opset, weights=weights)
+    return lower_onnx(
+        model,
+        example_inputs,
+        path,
+        dynamic_shapes=dynamic_shapes,
+        dynamic_batch=dynamic_batch,
+        opset=opset,
+        weights=weights,
+    )
 
 
 def _expect_module(model: object, caller: str) -> None:

@@ -153,7 +153,7 @@ def export(
                 loaded.model,
                 inputs,
                 out,
-                dynamic_shapes=_free_batch(inputs) if dynamic_batch else None,
+                dynamic_batch=dynamic_batch,
                 opset=opset,
                 weights="compact" if compact else "plain",
             )
@@ -287,18 +287,6 @@ def _audited(target: Target, inputs: Any, pattern: str, density: float | None, *
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return text[0][:200] if text else type(error).__name__
-
-
-def _free_batch(inputs: Any) -> Any:
-    """Dynamic shapes that leave the first axis of every tensor free."""
-    import torch
-
-    if isinstance(inputs, dict):
-        return {name: {0: torch.export.Dim("batch")} for name in inputs}
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    if not all(isinstance(argument, torch.Tensor) and argument.dim() for argument in arguments):
-        raise OptionError("--dynamic-batch needs inputs that are tensors; this target takes other values too")
-    return tuple({0: torch.export.Dim("batch")} for _ in arguments)
 
 
 def _audit_onnx(path: str, as_json: bool, html: Path | None, trtexec_log: Path | None, details: bool) -> None:

@@ -8,6 +8,7 @@ from sparsefx.errors import SparsefxError
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
+from sparsefx.permutation import kept_magnitude, search_permutation
 from sparsefx.runtime import MaskRuntime
 
 try:
@@ -27,8 +28,10 @@ __all__ = [
     "export_onnx",
     "finalize",
     "graph",
+    "kept_magnitude",
     "masks",
     "patterns",
     "schedules",
+    "search_permutation",
     "sparsify",
 ]

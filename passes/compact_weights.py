@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from sparsefx.passes.onnx_weights import Array, holds, weight_uses
+from sparsefx.passes.onnx_weights import Array, WeightUse, holds, weight_uses
 
 OLDEST_OPSET = 18  # BitwiseAnd
 _SHIFTS, _MASK = "sparsefx.compact.shifts", "sparsefx.compact.mask"
@@ -72,16 +72,20 @@ def compact(model: ir.Model) -> tuple[str, ...]:
     graph = model.graph
     chosen: dict[str, Encoded] = {}
     for use in weight_uses(model):
-        name, axis = use.value.name or "", use.axis
-        if not use.direct or use.array is None or axis is None or name in chosen or graph.initializers.get(name) is not use.value:
+        value, axis = _stored(use), use.axis
+        name = "" if value is None else value.name or ""
+        if value is None or value.const_value is None or axis is None or name in chosen:
             continue
-        if use.value.is_graph_output() or use.value.is_graph_input() or not holds(use.array, axis, 2, 4):
+        if graph.initializers.get(name) is not value or value.is_graph_output() or value.is_graph_input():
             continue
-        encoded = encode(use.array, axis)
+        if value.const_value.dtype.bitwidth < 8:
+            continue
+        array = value.const_value.numpy()
+        encoded = encode(array, axis) if holds(array, axis, 2, 4) else None
         if encoded is None:
             continue
         size = encoded.values.nbytes + encoded.codes.nbytes
-        if use.array.nbytes - size > _DECODER_BYTES + _NAMES_IN_DECODER * len(name):
+        if array.nbytes - size > _DECODER_BYTES + _NAMES_IN_DECODER * len(name):
             chosen[name] = encoded
     if not chosen:
         return ()
@@ -148,6 +152,15 @@ def densify(model: ir.Model) -> tuple[str, ...]:
         elif name not in codes_names and not (name.startswith("sparsefx.compact.") and not value.uses()):
             graph.register_initializer(value)
     return tuple(weight.name or "" for _, weight in restored.values())
+
+
+def _stored(use: WeightUse) -> ir.Value | None:
+    """The initializer that an op reads, as it is or through DequantizeLinear."""
+    producer = use.value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear" and producer.domain in ("", "ai.onnx"):
+        first = producer.inputs[0]
+        return first if first is not None and first.is_initializer() else None
+    return use.value if use.direct else None
 
 
 class _Constants:

@@ -8,6 +8,7 @@ from sparsefx.errors import SparsefxError
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
+from sparsefx.passes.quantize_onnx import quantize_onnx
 from sparsefx.permutation import kept_magnitude, search_permutation
 from sparsefx.runtime import MaskRuntime
 
@@ -31,6 +32,7 @@ __all__ = [
     "kept_magnitude",
     "masks",
     "patterns",
+    "quantize_onnx",
     "schedules",
     "search_permutation",
     "sparsify",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace as replace_fields
 from os import PathLike
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from sparsefx.algorithms import Exploit
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.inputs import with_zeros, without_values
 from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
+from sparsefx.one_shot import ONE_SHOT_METHODS, solve
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
 from sparsefx.passes.insert_masks import masked_graph
 from sparsefx.passes.lower_onnx import Encoding, lower_onnx
@@ -35,6 +36,7 @@ def sparsify(
     pattern: str | Pattern = "2:4",
     density: float | None = None,
     algorithm: str = "magnitude",
+    calibration: Iterable[Any] | None = None,
     example_inputs: Any = None,
     include: Selection = None,
     exclude: Selection = None,
@@ -49,7 +51,9 @@ def sparsify(
         model: any module. Its code needs no change.
         pattern: which masks are allowed, see `patterns.parse`.
         density: share of weights that participate, where the pattern leaves it free (0.5 by default there).
-        algorithm: how masks are chosen and move: ``"magnitude"`` or ``"static"``.
+        algorithm: how masks are chosen and move: ``"magnitude"`` or ``"static"``; or for pretrained weights, from calibration
+            batches and for good: ``"wanda"`` or ``"sparsegpt"``, which also changes the weights that stay.
+        calibration: batches for ``"wanda"`` and ``"sparsegpt"``: tensors, tuples of arguments or dicts of keyword arguments.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or a pair of both. With them,
             weights used outside layer modules and the heads of language models are recognised, and FLOPs counted.
         include: names, globs, module types or predicates ``(name, module) -> bool`` of the layers to consider.
@@ -73,7 +77,10 @@ def sparsify(
         )
     chosen = _pattern(pattern, "sparsify")
     resolved = chosen.resolve_density(density)
-    method = algorithms.find(algorithm)
+    one_shot = ONE_SHOT_METHODS.get(algorithm) if isinstance(algorithm, str) else None
+    if calibration is not None and one_shot is None:
+        raise OptionError(f"calibration was given, and algorithm {algorithm!r} uses none; {' and '.join(ONE_SHOT_METHODS)} do")
+    method = algorithms.find(algorithm if one_shot is None else "static")
     analysis = analyze(
         model,
         example_inputs=example_inputs,
@@ -86,10 +93,16 @@ def sparsify(
     rows = [layer for layer in analysis.layers if layer.sparse]
     if not rows:
         raise EligibilityError(_nothing_eligible(analysis))
+    for row in rows:
+        _expect_finite(row.name, model.get_parameter(row.parameter).detach())
+    solution = None
+    if one_shot is not None:
+        names = [row.parameter for row in rows]
+        solution = solve(model, names, pattern=chosen, density=resolved, method=one_shot, calibration=calibration)
     # Tensors made in inference mode could never be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
         weights = [model.get_parameter(row.parameter).detach() for row in rows]
-        masks_ = _first_masks(chosen, resolved, rows, weights)
+        masks_ = _first_masks(chosen, resolved, rows, weights) if solution is None else solution.masks
         records = [
             SparseParameter(
                 pattern=chosen,
@@ -104,7 +117,7 @@ def sparsify(
         remembered = ModelRecord(
             pattern=chosen.name,
             density=resolved,
-            algorithm=method.name,
+            algorithm=method.name if one_shot is None else one_shot.name,
             layers=analysis.layers,
             unseen=analysis.unseen,
             inputs=None if example_inputs is None else without_values(example_inputs),
@@ -120,6 +133,8 @@ def sparsify(
             for weight, record in zip(weights, records, strict=True):
                 assert record.dormant is not None
                 torch.where(record.mask, weight, record.dormant, out=weight)
+            if solution is not None:
+                solution.undo()
             _forget(model)
             raise
         if not method.keeps_dormant:

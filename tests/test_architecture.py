@@ -14,7 +14,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "report", "html", "schedules", "data", "inputs"),
     ("patterns",),
     ("algorithms", "ops", "sparse_parameter", "model_record", "checkpoint", "layers", "permutation"),
-    ("program", "capture", "verify", "follow", "runtime", "analysis"),
+    ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot"),
     ("passes",),
     ("api", "onnx_audit"),
     ("", "cli", "integrations", "demo"),

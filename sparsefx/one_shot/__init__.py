@@ -1,0 +1,12 @@
+"""Masks for pretrained weights from a few calibration batches, without training: Wanda and SparseGPT."""
+
+from __future__ import annotations
+
+from sparsefx.one_shot.base import OneShotMethod
+from sparsefx.one_shot.solve import Solution, solve
+from sparsefx.one_shot.sparsegpt import SparseGPT
+from sparsefx.one_shot.wanda import Wanda
+
+ONE_SHOT_METHODS: dict[str, OneShotMethod] = {method.name: method for method in (Wanda(), SparseGPT())}
+
+__all__ = ["ONE_SHOT_METHODS", "OneShotMethod", "Solution", "SparseGPT", "Wanda", "solve"]

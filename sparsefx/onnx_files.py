@@ -88,8 +88,21 @@ def _rewrite(
     weights = change(model)
     if not weights and out is None:
         return RewriteReport(str(target), (), before, before)
-    size = write_checked(model, target, check_standard)
+    size = write_checked(model, target, check_standard if _is_standard(source) else _check_readable)
     return RewriteReport(str(target), weights, before, size)
+
+
+def _is_standard(path: Path) -> bool:
+    """Whether a file passes ``onnx.checker``; what a foreign file breaks already cannot be asked of its successor."""
+    try:
+        check_standard(path)
+    except ExportError:
+        return False
+    return True
+
+
+def _check_readable(path: Path) -> None:
+    read_onnx(path)
 
 
 def _detach(model: ir.Model) -> None:

@@ -94,8 +94,8 @@ def _layers(count: str, names: str) -> tuple[frozenset[str] | None, int]:
 def trtexec_command(path: str | os.PathLike[str], weights: Sequence[OnnxWeight]) -> str:
     """The command that builds the file with sparse kernels allowed and keeps the log for ``--trtexec-log``.
 
-    Precisions follow from the weights' types. Sizes that the file leaves open are assumed, 8 for the first axis and 128
-    for others: put yours in their place.
+    A file with compact weights is densified first. Precisions follow from the weights' types. Sizes that the file leaves open
+    are assumed, 8 for the first axis and 128 for others: put yours in their place.
 
     Raises:
         ExportError: the file cannot be read.
@@ -120,6 +120,10 @@ def trtexec_command(path: str | os.PathLike[str], weights: Sequence[OnnxWeight])
             target.append(f"{value.name}:{text}")
     if best:
         flags += [f"--minShapes={','.join(smallest)}", f"--optShapes={','.join(best)}", f"--maxShapes={','.join(best)}"]
-    file = Path(path)
+    file, first = Path(path), ""
+    if any(weight.encoding == "compact" for weight in weights):
+        plain = file.with_suffix(".plain.onnx")
+        first = f"{shlex.join(['sparsefx', 'densify', str(file), '--out', str(plain)])} && "
+        file = plain
     arguments = ["trtexec", f"--onnx={file}", "--sparsity=enable", *flags, "--verbose"]
-    return f"{shlex.join(arguments)} > {shlex.quote(file.stem + '.trtexec.log')} 2>&1"
+    return f"{first}{shlex.join(arguments)} > {shlex.quote(file.stem + '.trtexec.log')} 2>&1"

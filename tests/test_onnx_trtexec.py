@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from sparsefx.cli import app
 from sparsefx.errors import OptionError
 from sparsefx.onnx_audit import audit_onnx
+from sparsefx.onnx_files import compact_onnx
 from sparsefx.onnx_trtexec import read_log, trtexec_command
 
 OLD = """\
@@ -102,6 +103,14 @@ def test_the_command_names_precision_and_open_sizes(model: Path) -> None:
         f"trtexec '--onnx={model}' --sparsity=enable --fp16 --minShapes=x:1x256x8x8 --optShapes=x:8x256x8x8 "
         "--maxShapes=x:8x256x8x8 --verbose > 'my model.trtexec.log' 2>&1"
     )
+
+
+def test_the_command_densifies_compact_files_first(model: Path) -> None:
+    packed = model.with_name("c.onnx")
+    assert compact_onnx(model, packed).weights == ("w1", "w2", "w3")
+    command = trtexec_command(packed, audit_onnx(packed))
+    plain = packed.with_name("c.plain.onnx")
+    assert command.startswith(f"sparsefx densify {packed} --out {plain} && trtexec --onnx={plain} --sparsity=enable --fp16")
 
 
 def test_prediction_by_channels_and_type(model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import ml_dtypes
@@ -22,6 +23,7 @@ from sparsefx.cli import app
 from sparsefx.errors import ExportError, OptionError
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
+from sparsefx.passes import onnx_write
 from sparsefx.passes.compact_weights import compact, decode, densify, encode
 from sparsefx.passes.lower_onnx import lower_onnx
 
@@ -225,6 +227,33 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
         densify_onnx(plain, tmp_path / "no" / "m.onnx")
     assert plain.read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compact.onnx", "half.onnx", "plain.onnx"]
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, packed, _ = both(tmp_path)
+    content = packed.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx_write.os, "fsync", full)
+    for change in (densify_onnx, lambda path: compact_onnx(tmp_path / "plain.onnx", path)):
+        with pytest.raises(ExportError, match=r"No space left on device; free some space"):
+            change(packed)
+    assert packed.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compact.onnx", "plain.onnx"]
+
+
+def test_compact_weights_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_write, "LARGEST_SINGLE_FILE", 1000)
+    model = make_sparse(nn.Linear(128, 128))
+    report = lower_onnx(model, torch.randn(2, 128), tmp_path / "m.onnx", weights="compact", samples=1)
+    (data,) = tmp_path.glob("*.data")
+    assert report.bytes == (tmp_path / "m.onnx").stat().st_size + data.stat().st_size < 128 * 128 * 4 * 0.6
+    (row,) = audit_onnx(tmp_path / "m.onnx")
+    assert (row.encoding, row.pattern) == ("compact", "2:4")
+    assert densify_onnx(tmp_path / "m.onnx").weights == ("weight",)
+    assert audit_onnx(tmp_path / "m.onnx")[0].eligible
 
 
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from sparsefx import algorithms, checkpoint, patterns
+from sparsefx import algorithms, checkpoint, one_shot, patterns
 from sparsefx.algorithms import Exploit
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.inputs import with_zeros, without_values
 from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
-from sparsefx.one_shot import ONE_SHOT_METHODS, solve
+from sparsefx.one_shot import OneShotMethod
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
 from sparsefx.passes.insert_masks import masked_graph
 from sparsefx.passes.lower_onnx import Encoding, lower_onnx
@@ -35,7 +35,7 @@ def sparsify(
     *,
     pattern: str | Pattern = "2:4",
     density: float | None = None,
-    algorithm: str = "magnitude",
+    algorithm: str | OneShotMethod = "magnitude",
     calibration: Iterable[Any] | None = None,
     example_inputs: Any = None,
     include: Selection = None,
@@ -52,7 +52,8 @@ def sparsify(
         pattern: which masks are allowed, see `patterns.parse`.
         density: share of weights that participate, where the pattern leaves it free (0.5 by default there).
         algorithm: how masks are chosen and move: ``"magnitude"`` or ``"static"``; or for pretrained weights, from calibration
-            batches and for good: ``"wanda"`` or ``"sparsegpt"``, which also changes the weights that stay.
+            batches and for good: ``"wanda"`` or ``"sparsegpt"``, which also changes the weights that stay (or an object of
+            `sparsefx.one_shot`, with options).
         calibration: batches for ``"wanda"`` and ``"sparsegpt"``: tensors, tuples of arguments or dicts of keyword arguments.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or a pair of both. With them,
             weights used outside layer modules and the heads of language models are recognised, and FLOPs counted.
@@ -77,10 +78,10 @@ def sparsify(
         )
     chosen = _pattern(pattern, "sparsify")
     resolved = chosen.resolve_density(density)
-    one_shot = ONE_SHOT_METHODS.get(algorithm) if isinstance(algorithm, str) else None
-    if calibration is not None and one_shot is None:
-        raise OptionError(f"calibration was given, and algorithm {algorithm!r} uses none; {' and '.join(ONE_SHOT_METHODS)} do")
-    method = algorithms.find(algorithm if one_shot is None else "static")
+    calibrated = one_shot.find(algorithm)
+    if calibrated is None:
+        one_shot.expect_no_calibration(calibration, algorithm)
+    method = algorithms.find("static" if isinstance(algorithm, OneShotMethod) or calibrated is not None else algorithm)
     analysis = analyze(
         model,
         example_inputs=example_inputs,
@@ -96,9 +97,9 @@ def sparsify(
     for row in rows:
         _expect_finite(row.name, model.get_parameter(row.parameter).detach())
     solution = None
-    if one_shot is not None:
+    if calibrated is not None:
         names = [row.parameter for row in rows]
-        solution = solve(model, names, pattern=chosen, density=resolved, method=one_shot, calibration=calibration)
+        solution = one_shot.solve(model, names, pattern=chosen, density=resolved, method=calibrated, calibration=calibration)
     # Tensors made in inference mode could never be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
         weights = [model.get_parameter(row.parameter).detach() for row in rows]
@@ -117,7 +118,7 @@ def sparsify(
         remembered = ModelRecord(
             pattern=chosen.name,
             density=resolved,
-            algorithm=method.name if one_shot is None else one_shot.name,
+            algorithm=method.name if calibrated is None else calibrated.name,
             layers=analysis.layers,
             unseen=analysis.unseen,
             inputs=None if example_inputs is None else without_values(example_inputs),

@@ -30,6 +30,7 @@ _PICKED = re.compile(
     r"|Chose (\d+) layer\(s\) using sparse tactics):?(.*)"
 )
 # Layers that were fused are written as "a + b", "a || b" or "PWN(a, b)".
+_JOINTS = re.compile(r"\s+(?:\+|\|\|)\s+")
 _SEPARATORS = re.compile(r"\s*(?:,|\+|\|\||\(|\)|\{|\}|\[|\])\s*")
 
 
@@ -88,7 +89,9 @@ def _layers(count: str, names: str) -> tuple[frozenset[str] | None, int]:
     number = int(count) if count else len(layers)
     if number and not layers:
         return None, number
-    return frozenset(node for layer in layers for node in _SEPARATORS.split(layer) if node), number
+    # A node's own name may hold brackets, so the parts of a layer count as they are, too.
+    parts = [part for layer in layers for separators in (_JOINTS, _SEPARATORS) for part in separators.split(layer)]
+    return frozenset(filter(None, parts)), number
 
 
 def trtexec_command(path: str | os.PathLike[str], weights: Sequence[OnnxWeight]) -> str:

@@ -329,6 +329,16 @@ def test_labels_in_batches_are_left_out_and_generators_are_read_once() -> None:
     assert torch.equal(plain.weight, labelled.weight)
 
 
+def test_a_method_with_options() -> None:
+    model, data = nn.Linear(32, 32), batches(8, 32)
+    weight = model.weight.detach().clone()
+    sparsefx.sparsify(model, algorithm=SparseGPT(damping=0.5), calibration=data)
+    inputs = torch.cat(data).double()
+    wanted, _ = SparseGPT(damping=0.5).solve(weight, inputs.T @ inputs, parse("2:4"), 0.5)
+    torch.testing.assert_close(model.weight.detach(), wanted)
+    assert sparsefx.audit(model).settings["algorithm"] == "sparsegpt"
+
+
 @pytest.mark.parametrize("make", [lambda: SparseGPT(damping=0), lambda: SparseGPT(block=100)])
 def test_options_out_of_range(make: Callable[[], SparseGPT]) -> None:
     with pytest.raises(OptionError, match="a multiple of 16"):

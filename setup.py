@@ -11,6 +11,12 @@ setup(
             extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=off", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,
-        )
+        ),
+        Extension(
+            "sparsefx.ops._permutation",
+            sources=["sparsefx/ops/permutation.c"],
+            extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=off"],
+            optional=True,
+        ),
     ]
 )

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import onnx
 import onnx_ir as ir
@@ -20,6 +20,8 @@ from sparsefx.capture.arguments import copies, describe_arguments, split_argumen
 from sparsefx.capture.caches import caches, without_caches
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
+from sparsefx.passes.compact_weights import compact, densify
+from sparsefx.passes.onnx_bfloat16 import float32_inputs, float32_model, round_folded, write_float32_twin
 from sparsefx.passes.onnx_check import (
     FileRunner,
     check_standard,
@@ -30,16 +32,27 @@ from sparsefx.passes.onnx_check import (
     output_tensors,
 )
 from sparsefx.passes.onnx_evaluate import evaluating
-from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes
-from sparsefx.passes.onnx_names import Source, fold_transposes, make_plain, name_folded, name_outputs, name_sizes, strip_metadata
+from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes, with_free_batch
+from sparsefx.passes.onnx_names import (
+    Source,
+    fold_transposes,
+    make_plain,
+    name_folded,
+    name_outputs,
+    name_sizes,
+    strip_metadata,
+    without_negative_zeros,
+)
 from sparsefx.passes.onnx_report import ExportedWeight, ExportReport, OutputError
 from sparsefx.passes.onnx_verify import annotate, promises_of, verify_file
 from sparsefx.passes.onnx_write import check_destination, destination_of, write_checked
 
 OLDEST_OPSET = 18
+Encoding = Literal["plain", "compact"]
 _CHATTY = ("torch", "onnxscript", "onnx_ir")
 # Types that onnxruntime has no CPU kernels for, so that a file in them could not be compared with the model.
-_UNCHECKABLE = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_UNCHECKABLE = (torch.float8_e4m3fn, torch.float8_e5m2)
+_BFLOAT16_OPSET = 22  # the first in which convolutions take bfloat16
 
 
 def lower_onnx(
@@ -48,7 +61,9 @@ def lower_onnx(
     path: str | os.PathLike[str],
     *,
     dynamic_shapes: Any = None,
+    dynamic_batch: bool = False,
     opset: int | None = None,
+    weights: Encoding = "plain",
     tolerance: float | None = None,
     samples: int = 3,
     generator: torch.Generator | None = None,
@@ -64,9 +79,13 @@ def lower_onnx(
         path: of the file to write. Above 2 GB the weights go to a second file beside it.
         dynamic_shapes: as for `torch.export.export`; a text in place of a ``Dim`` names a dynamic size. The file is then
             compared on a second size too.
+        dynamic_batch: leave the first axis of every input tensor free, in place of ``dynamic_shapes``. Examples of batch 1 are
+            doubled, since torch.export takes a size of 1 for a constant.
         opset: version of the ONNX operator set, from 18; None means the exporter's default.
+        weights: ``"plain"``: initializers, which every tool reads; ``"compact"``: weights that are 2:4 as two values and a
+            4-bit code for each group of four, in standard ops, about 56 % of the bytes in float16; see `compact_weights`.
         tolerance: largest error allowed, relative to each output's largest magnitude; None means 1e-4 for float32, 2e-2
-            for float16, 1e-1 for bfloat16, 1e-9 for float64.
+            for float16, 2e-2 for bfloat16 (which is compared in float32), 1e-9 for float64.
         samples: how many inputs to compare: the example itself, then random ones like it.
         generator: on the CPU, draws the random inputs; None means a fresh one with a fixed seed.
 
@@ -79,11 +98,20 @@ def lower_onnx(
             model, or it cannot be written.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    _check_options(opset, samples, tolerance)
+    _check_options(opset, samples, tolerance, weights)
     destination = destination_of(path)
     check_destination(destination)
     _check_weights(model)
     inputs = split_arguments(example_inputs)
+    if dynamic_batch:
+        if dynamic_shapes is not None:
+            raise OptionError(
+                "dynamic_batch and dynamic_shapes were both given; name the batch in dynamic_shapes, or leave it out"
+            )
+        inputs, dynamic_shapes = with_free_batch(model, inputs)
+    in_bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in (*model.parameters(), *model.buffers()))
+    if in_bfloat16 and opset is None:
+        opset = _BFLOAT16_OPSET
     if generator is None:
         generator = torch.Generator().manual_seed(0)
 
@@ -107,31 +135,42 @@ def lower_onnx(
         exported, sources = _translate(program, opset, output_names(outputs), _size_names(program, dynamic_shapes))
         promises = promises_of(model, program)
         annotate(exported, sources)
+        plain = {name: value.const_value for name, value in exported.graph.initializers.items()}
+        compacted = compact(exported) if weights == "compact" else ()
         if tolerance is None:
             tolerance = default_tolerance([*model.parameters(), *output_tensors(outputs)])
         plan = list(_samples(program, inputs, samples, generator))
-        weights: list[ExportedWeight] = []
+        rows: list[ExportedWeight] = []
         errors: list[list[OutputError]] = []
 
         def check(file: Path) -> None:
             check_standard(file)
             checks.append("onnx.checker with full shape inference")
-            found, texts = verify_file(ir.load(file, format="protobuf"), model, promises, sources)
-            weights.extend(found)
+            read = ir.load(file, format="protobuf")
+            if compacted:
+                checks.append(_check_restored(read, plain, compacted))
+            found, texts = verify_file(read, model, promises, sources)
+            rows.extend(found)
             checks.extend(texts)
-            runner = FileRunner(file)
-            errors.extend(_compare_all(model, runner, program, plan, tolerance, checks))
+            if in_bfloat16:
+                twin = file.with_name("float32-twin.onnx")
+                write_float32_twin(file, twin)
+                checks.append("compared in float32, since onnxruntime has no bfloat16 kernels on the CPU")
+                copied = [(sample, [float32_inputs(choice) for choice in choices]) for sample, choices in plan]
+                errors.extend(_compare_all(float32_model(model), FileRunner(twin), program, copied, tolerance, checks))
+            else:
+                errors.extend(_compare_all(model, FileRunner(file), program, plan, tolerance, checks))
 
         size = write_checked(exported, destination, check)
 
     worst = tuple(
         OutputError(
-            rows[0].name,
-            max(row.largest_absolute for row in rows),
-            max(row.largest_relative for row in rows),
-            max(row.largest_value for row in rows),
+            column[0].name,
+            max(row.largest_absolute for row in column),
+            max(row.largest_relative for row in column),
+            max(row.largest_value for row in column),
         )
-        for rows in zip(*errors, strict=True)
+        for column in zip(*errors, strict=True)
     )
     silent = [row.name for row in worst if row.largest_value == 0]
     checks += [f"output {name!r} is zero on every sample, so that comparing it proves little" for name in silent]
@@ -139,7 +178,7 @@ def lower_onnx(
         path=str(destination),
         opset=exported.opset_imports[""],
         bytes=size,
-        initializers=tuple(weights),
+        initializers=tuple(rows),
         checks=tuple(checks),
         outputs=worst,
         samples=len(errors),
@@ -163,7 +202,22 @@ def _run(model: nn.Module, inputs: Inputs) -> Any:
     return outputs
 
 
-def _check_options(opset: int | None, samples: int, tolerance: float | None) -> None:
+def _check_restored(file: ir.Model, plain: dict[str, ir.TensorProtocol | None], compacted: tuple[str, ...]) -> str:
+    """Restore the plain weights of a compact file, in place, and hold each against what was encoded."""
+    restored = densify(file)
+    for name in compacted:
+        before, after = plain[name], file.graph.initializers.get(name)
+        if after is None or before is None or after.const_value is None or after.const_value.tobytes() != before.tobytes():
+            raise ExportError(
+                f"{name}: its compact encoding does not give the weight back; this is a fault of the lowering for this "
+                f"model: export with weights='plain', and report it"
+            )
+    return f"{len(restored)} compact weights give back the plain ones bit for bit"
+
+
+def _check_options(opset: int | None, samples: int, tolerance: float | None, weights: str) -> None:
+    if weights not in get_args(Encoding):
+        raise OptionError(f"weights={weights!r} was given; expected one of {', '.join(map(repr, get_args(Encoding)))}")
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and (not isinstance(opset, int) or isinstance(opset, bool) or not OLDEST_OPSET <= opset <= newest):
         raise OptionError(f"opset {opset!r} was given; expected a whole number from {OLDEST_OPSET} to {newest}, or None")
@@ -184,7 +238,7 @@ def _check_weights(model: nn.Module) -> None:
         if parameter.dtype in _UNCHECKABLE:
             raise ExportError(
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, for which onnxruntime has no CPU kernels, so "
-                f"the file could not be checked; export model.float() or model.half(): TensorRT can still build it in bfloat16"
+                f"the file could not be checked; export model.float(), model.half() or model.bfloat16()"
             )
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise NonFiniteError(f"{name} holds NaN or infinity; an export needs finite weights: load a sound checkpoint")
@@ -271,8 +325,10 @@ def _translate(
             f"the model has no ONNX form: {first_line(cause)}; replace that op in the model, or try a newer opset"
         ) from error
     model = translated.model
+    round_folded(model)
     sources = name_folded(model, sources)
     make_plain(model, sources)
+    without_negative_zeros(model)
     strip_metadata(model)
     name_sizes(model, sizes)
     name_outputs(model, names)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # comes with torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from sparsefx.errors import CaptureError, OptionError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -38,6 +41,45 @@ def random_like(example: Tensor, generator: torch.Generator, shape: tuple[int, .
         return (torch.view_as_complex(drawn) if example.is_complex() else drawn).to(example.device, example.dtype)
     low, high = int(example.min()), int(example.max())
     return torch.randint(low, high + 1, size, generator=generator, dtype=torch.int64).to(example.device, example.dtype)
+
+
+def with_free_batch(model: nn.Module, inputs: Inputs) -> tuple[Inputs, dict[str, Any]]:
+    """The inputs, and dynamic shapes that leave the first axis of every tensor among them free under the name ``batch``.
+
+    Tensors whose first axis has size 1 are doubled along it, all or none: torch.export takes a size of 1 for a constant.
+
+    Raises:
+        OptionError: no input is a tensor with an axis, or their first axes differ.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    sizes = sorted({tensor.shape[0] for tensor in tensors})
+    if len(sizes) != 1:
+        given = f"first axes of sizes {', '.join(map(str, sizes))}" if sizes else "no tensor with an axis"
+        raise OptionError(
+            f"dynamic_batch needs inputs that share the size of their first axis, and there are {given}; pass dynamic_shapes"
+        )
+
+    def doubled(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+    def free(leaf: Any) -> Any:
+        return {0: "batch"} if isinstance(leaf, Tensor) and leaf.dim() else None
+
+    args, kwargs = pytree.tree_map(doubled, inputs) if sizes == [1] else inputs
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise CaptureError(
+            f"the model's forward does not take the example inputs: {error}; give inputs that it accepts"
+        ) from error
+    shapes: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = inspect.signature(model.forward).parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            shapes.update({key: pytree.tree_map(free, part) for key, part in value.items()})
+        else:
+            shapes[name] = pytree.tree_map(free, value)
+    return (tuple(args), dict(kwargs)), shapes
 
 
 def random_inputs(inputs: Inputs, generator: torch.Generator, resize: Callable[[int], tuple[int, ...] | None]) -> Inputs:

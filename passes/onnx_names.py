@@ -133,6 +133,22 @@ def make_plain(model: ir.Model, sources: dict[str, Source]) -> None:
         ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
+def without_negative_zeros(model: ir.Model) -> None:
+    """Write the zeros of every weight as plain zeros, in place.
+
+    ``weight * mask`` leaves negative zeros behind. They mean the same, and would stand in the way of encodings that tell
+    zeros by their bits.
+    """
+    for use in weight_uses(model):
+        array = use.array
+        if not use.direct or array is None or array.dtype.kind in "iub":
+            continue
+        zeros = array == 0
+        if np.signbit(array[zeros]).any():
+            name = use.value.name or ""
+            use.value.const_value = ir.Tensor(np.where(zeros, np.zeros((), array.dtype), array), dtype=use.value.dtype, name=name)
+
+
 def name_outputs(model: ir.Model, names: list[str]) -> None:
     """Name the graph's outputs, in place; a name that another value has stays as the exporter made it."""
     for value, name in zip(model.graph.outputs, names, strict=False):

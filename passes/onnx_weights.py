@@ -202,6 +202,17 @@ def tensor_core_reason(use: WeightUse) -> str:
     return shape_refusal(inputs, outputs, use.groups)
 
 
+def is_quantised(value: ir.Value) -> bool:
+    """Whether a constant passes through QuantizeLinear or DequantizeLinear on its way to the op that reads it."""
+    producer = value.producer()
+    while producer is not None:
+        if producer.op_type in ("DequantizeLinear", "QuantizeLinear"):
+            return True
+        first = producer.inputs[0] if producer.inputs else None
+        producer = None if first is None else first.producer()
+    return False
+
+
 def _is_standard(node: ir.Node) -> bool:
     return node.domain in ("", "ai.onnx")
 

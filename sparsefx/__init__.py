@@ -5,7 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 from sparsefx import patterns, schedules
 from sparsefx.api import attach, audit, export_onnx, export_parts, finalize, graph, masks, sparsify
 from sparsefx.errors import SparsefxError
+from sparsefx.onnx_audit import audit_onnx
+from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
+from sparsefx.passes.quantize_onnx import quantize_onnx
+from sparsefx.permutation import kept_magnitude, search_permutation
 from sparsefx.runtime import MaskRuntime
 
 try:
@@ -19,12 +23,18 @@ __all__ = [
     "SparsefxError",
     "attach",
     "audit",
+    "audit_onnx",
+    "compact_onnx",
+    "densify_onnx",
     "export_onnx",
     "export_parts",
     "finalize",
     "graph",
+    "kept_magnitude",
     "masks",
     "patterns",
+    "quantize_onnx",
     "schedules",
+    "search_permutation",
     "sparsify",
 ]

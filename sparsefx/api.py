@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace as replace_fields
 from os import PathLike
 from typing import Any, TypeVar
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from sparsefx import algorithms, checkpoint, patterns
+from sparsefx import algorithms, checkpoint, one_shot, patterns
 from sparsefx.algorithms import Exploit
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.inputs import with_zeros, without_values
 from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
+from sparsefx.one_shot import OneShotMethod
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
 from sparsefx.passes.insert_masks import masked_graph
-from sparsefx.passes.lower_onnx import lower_onnx
+from sparsefx.passes.lower_onnx import Encoding, lower_onnx
 from sparsefx.passes.lower_parts import PartsReport, lower_parts
 from sparsefx.passes.onnx_report import ExportReport
 from sparsefx.patterns import GlobalUnstructured, Pattern
@@ -35,7 +36,8 @@ def sparsify(
     *,
     pattern: str | Pattern = "2:4",
     density: float | None = None,
-    algorithm: str = "magnitude",
+    algorithm: str | OneShotMethod = "magnitude",
+    calibration: Iterable[Any] | None = None,
     example_inputs: Any = None,
     include: Selection = None,
     exclude: Selection = None,
@@ -50,7 +52,10 @@ def sparsify(
         model: any module. Its code needs no change.
         pattern: which masks are allowed, see `patterns.parse`.
         density: share of weights that participate, where the pattern leaves it free (0.5 by default there).
-        algorithm: how masks are chosen and move: ``"magnitude"`` or ``"static"``.
+        algorithm: how masks are chosen and move: ``"magnitude"`` or ``"static"``; or for pretrained weights, from calibration
+            batches and for good: ``"wanda"`` or ``"sparsegpt"``, which also changes the weights that stay (or an object of
+            `sparsefx.one_shot`, with options).
+        calibration: batches for ``"wanda"`` and ``"sparsegpt"``: tensors, tuples of arguments or dicts of keyword arguments.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or a pair of both. With them,
             weights used outside layer modules and the heads of language models are recognised, and FLOPs counted.
         include: names, globs, module types or predicates ``(name, module) -> bool`` of the layers to consider.
@@ -74,7 +79,10 @@ def sparsify(
         )
     chosen = _pattern(pattern, "sparsify")
     resolved = chosen.resolve_density(density)
-    method = algorithms.find(algorithm)
+    calibrated = one_shot.find(algorithm)
+    if calibrated is None:
+        one_shot.expect_no_calibration(calibration, algorithm)
+    method = algorithms.find("static" if isinstance(algorithm, OneShotMethod) or calibrated is not None else algorithm)
     analysis = analyze(
         model,
         example_inputs=example_inputs,
@@ -87,10 +95,16 @@ def sparsify(
     rows = [layer for layer in analysis.layers if layer.sparse]
     if not rows:
         raise EligibilityError(_nothing_eligible(analysis))
+    for row in rows:
+        _expect_finite(row.name, model.get_parameter(row.parameter).detach())
+    solution = None
+    if calibrated is not None:
+        names = [row.parameter for row in rows]
+        solution = one_shot.solve(model, names, pattern=chosen, density=resolved, method=calibrated, calibration=calibration)
     # Tensors made in inference mode could never be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
         weights = [model.get_parameter(row.parameter).detach() for row in rows]
-        masks_ = _first_masks(chosen, resolved, rows, weights)
+        masks_ = _first_masks(chosen, resolved, rows, weights) if solution is None else solution.masks
         records = [
             SparseParameter(
                 pattern=chosen,
@@ -105,7 +119,7 @@ def sparsify(
         remembered = ModelRecord(
             pattern=chosen.name,
             density=resolved,
-            algorithm=method.name,
+            algorithm=method.name if calibrated is None else calibrated.name,
             layers=analysis.layers,
             unseen=analysis.unseen,
             inputs=None if example_inputs is None else without_values(example_inputs),
@@ -121,6 +135,8 @@ def sparsify(
             for weight, record in zip(weights, records, strict=True):
                 assert record.dormant is not None
                 torch.where(record.mask, weight, record.dormant, out=weight)
+            if solution is not None:
+                solution.undo()
             _forget(model)
             raise
         if not method.keeps_dormant:
@@ -305,7 +321,9 @@ def export_onnx(
     path: str | PathLike[str],
     *,
     dynamic_shapes: Any = None,
+    dynamic_batch: bool = False,
     opset: int | None = None,
+    weights: Encoding = "plain",
 ) -> ExportReport:
     """Write ``model`` as an ONNX file that was checked: patterns, the ONNX checker, and onnxruntime against the model.
 
@@ -315,8 +333,11 @@ def export_onnx(
         model: sparsified, finalized or plain.
         example_inputs: as for `sparsify`.
         path: where to write.
-        dynamic_shapes: as for ``torch.export.export``.
+        dynamic_shapes: as for ``torch.export.export``; a text in place of a ``Dim`` names a dynamic size.
+        dynamic_batch: leave the first axis of every input tensor free, in place of ``dynamic_shapes``.
         opset: ONNX opset version; None means the exporter's default.
+        weights: ``"plain"`` initializers, or ``"compact"``: 2:4 weights as values and 4-bit codes, which standard ops
+            decode when a runtime loads the file. TensorRT needs plain ones; `densify_onnx` restores them.
 
     Raises:
         ExportError: torch.export refuses the model, a check fails, or the file cannot be written.
@@ -324,7 +345,15 @@ def export_onnx(
         NonFiniteError: a weight holds NaN or infinity.
     """
     _expect_module(model, "export_onnx")
-    return lower_onnx(model, example_inputs, path, dynamic_shapes=dynamic_shapes, opset=opset)
+    return lower_onnx(
+        model,
+        example_inputs,
+        path,
+        dynamic_shapes=dynamic_shapes,
+        dynamic_batch=dynamic_batch,
+        opset=opset,
+        weights=weights,
+    )
 
 
 def export_parts(model: nn.Module, example_inputs: Any, folder: str | PathLike[str], *, opset: int | None = None) -> PartsReport:

@@ -78,13 +78,24 @@ def audit(
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.", metavar="FILE")] = None,
     input_shape: InputShapes = None,
     no_inputs: Annotated[bool, typer.Option("--no-inputs", help="Look at the modules alone; FLOPs stay unknown.")] = False,
+    trtexec_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--trtexec-log", metavar="FILE", help="For file.onnx: what trtexec printed, to show its choices beside ours."
+        ),
+    ] = None,
+    details: Annotated[
+        bool, typer.Option("--details", help="For file.onnx: bytes in each encoding, and with --json every field.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Tell which layers of a model can be sparse, and why the others cannot."""
     with _one_line_errors(debug):
         if target.endswith(".onnx"):
-            _audit_onnx(target, as_json, html)
+            _audit_onnx(target, as_json, html, trtexec_log, details)
             return
+        if trtexec_log is not None or details:
+            raise OptionError(f"--trtexec-log and --details are for ONNX files, and {target} is a model; export it first")
         from sparsefx.targets import load_target
 
         with _busy(f"building {target}"):
@@ -114,6 +125,9 @@ def export(
     input_shape: InputShapes = None,
     opset: Annotated[int | None, typer.Option(help="ONNX opset version; the exporter's default where it is left out.")] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the first axis of every input free.")] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Store 2:4 weights as values and 4-bit codes; sparsefx densify undoes it.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a model as an ONNX file, checked against onnxruntime."""
@@ -136,8 +150,39 @@ def export(
             sparsefx.sparsify(loaded.model, pattern=pattern, algorithm="static", example_inputs=inputs)
         with _busy(f"exporting {target} and comparing it with onnxruntime"):
             report = sparsefx.export_onnx(
-                loaded.model, inputs, out, dynamic_shapes=_free_batch(inputs) if dynamic_batch else None, opset=opset
+                loaded.model,
+                inputs,
+                out,
+                dynamic_batch=dynamic_batch,
+                opset=opset,
+                weights="compact" if compact else "plain",
             )
+        typer.echo(str(report))
+
+
+OnnxFile = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX file to rewrite.")]
+Rewritten = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write; without it the file itself is replaced.")]
+
+
+@app.command()
+def densify(file: OnnxFile, out: Rewritten = None, debug: Debug = False) -> None:
+    """Restore the plain weights of an ONNX file that was exported compact, bit for bit."""
+    with _one_line_errors(debug):
+        from sparsefx.onnx_files import densify_onnx
+
+        with _busy(f"rewriting {file}"):
+            report = densify_onnx(file, out)
+        typer.echo(str(report))
+
+
+@app.command()
+def compact(file: OnnxFile, out: Rewritten = None, debug: Debug = False) -> None:
+    """Store the 2:4 weights of an ONNX file as values and 4-bit codes, in standard ops; densify undoes it."""
+    with _one_line_errors(debug):
+        from sparsefx.onnx_files import compact_onnx
+
+        with _busy(f"rewriting {file}"):
+            report = compact_onnx(file, out)
         typer.echo(str(report))
 
 
@@ -244,27 +289,25 @@ def _first_line(error: Exception) -> str:
     return text[0][:200] if text else type(error).__name__
 
 
-def _free_batch(inputs: Any) -> Any:
-    """Dynamic shapes that leave the first axis of every tensor free."""
-    import torch
-
-    if isinstance(inputs, dict):
-        return {name: {0: torch.export.Dim("batch")} for name in inputs}
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    if not all(isinstance(argument, torch.Tensor) and argument.dim() for argument in arguments):
-        raise OptionError("--dynamic-batch needs inputs that are tensors; this target takes other values too")
-    return tuple({0: torch.export.Dim("batch")} for _ in arguments)
-
-
-def _audit_onnx(path: str, as_json: bool, html: Path | None) -> None:
+def _audit_onnx(path: str, as_json: bool, html: Path | None, trtexec_log: Path | None, details: bool) -> None:
     from sparsefx.onnx_audit import audit_onnx
     from sparsefx.onnx_text import as_json_text, as_page, as_table
+    from sparsefx.onnx_trtexec import read_log, trtexec_command
 
+    log = None if trtexec_log is None else read_log(trtexec_log)
     with _busy(f"reading {path}"):
         found = audit_onnx(path)
     if html is not None:
         from sparsefx.html import write_text
 
-        write_text(html, as_page(path, found))
+        write_text(html, as_page(path, found, log=log))
         _note(f"wrote {html}")
-    typer.echo(as_json_text(path, found) if as_json else as_table(path, found))
+    command = f"ask TensorRT itself: {trtexec_command(path, found)}" if found and log is None else ""
+    if as_json:
+        typer.echo(as_json_text(path, found, log=log, details=details))
+        if command:
+            _note(command)
+    else:
+        typer.echo(as_table(path, found, log=log, details=details))
+        if command:
+            typer.echo(command)

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "report", "html", "schedules", "data", "inputs"),
     ("patterns",),
-    ("algorithms", "ops", "sparse_parameter", "model_record", "checkpoint", "layers"),
-    ("program", "capture", "verify", "follow", "runtime", "analysis"),
+    ("algorithms", "ops", "sparse_parameter", "model_record", "checkpoint", "layers", "permutation"),
+    ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot"),
     ("passes",),
     ("api", "onnx_audit"),
     ("", "cli", "integrations", "demo"),

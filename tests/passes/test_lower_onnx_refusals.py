@@ -315,9 +315,11 @@ def test_python_number_among_the_outputs(old: Path) -> None:
         lower_onnx(Counting(), INPUT, old)
 
 
-def test_bfloat16_is_refused_with_a_remedy(old: Path) -> None:
-    with pytest.raises(ExportError, match=r"weight is bfloat16, .*export model.float\(\)"):
-        lower_onnx(nn.Linear(32, 8).bfloat16(), INPUT.bfloat16(), old)
+def test_float8_is_refused_with_a_remedy(old: Path) -> None:
+    model = nn.Linear(32, 8)
+    model.weight = nn.Parameter(model.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ExportError, match=r"weight is float8_e4m3fn.*export model.float\(\)"):
+        lower_onnx(model, INPUT, old)
 
 
 def test_dynamic_size_that_the_model_bounds(old: Path) -> None:

@@ -1,0 +1,150 @@
+"""Options of the export beyond the plain float32 file: bfloat16, a free batch, and files that are wrong in other ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx import helper
+from onnx_models import make_sparse, randomise_norms, sparsify_by_hand
+from torch import Tensor, nn
+
+import sparsefx
+from sparsefx.errors import ExportError, OptionError
+from sparsefx.onnx_audit import audit_onnx
+from sparsefx.passes import lower_onnx as lowering
+from sparsefx.passes.lower_onnx import lower_onnx
+from sparsefx.passes.onnx_bfloat16 import write_float32_twin
+
+
+class Mixed(nn.Module):
+    """Convolution with BatchNorm, attention and a linear layer on three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32)
+        self.block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(torch.relu(self.norm(self.conv(x))).flatten(2).transpose(1, 2)))
+
+
+def test_bfloat16_is_exported_and_compared_in_float32(tmp_path: Path) -> None:
+    model = randomise_norms(Mixed()).eval()
+    names = sparsify_by_hand(model)
+    before = {name: tensor.clone() for name, tensor in model.bfloat16().state_dict().items()}
+    report = lower_onnx(model, torch.randn(2, 16, 6, 6).bfloat16(), tmp_path / "m.onnx")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert (report.opset, report.tolerance) == (22, 2e-2)
+    assert 0 < report.largest_relative_error < 2e-2
+    assert "compared in float32, since onnxruntime has no bfloat16 kernels on the CPU" in report.checks
+    rows = audit_onnx(tmp_path / "m.onnx")
+    assert {row.source for row in rows if row.pattern == "2:4"} == set(names)
+    assert {row.dtype for row in rows} == {"bfloat16"}
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_wrong_bfloat16_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    translate = lowering._translate
+
+    def damaged(*arguments: Any) -> Any:
+        model, sources = translate(*arguments)
+        value = next(value for name, value in model.graph.initializers.items() if name == "weight")
+        assert value.const_value is not None
+        array = value.const_value.numpy().astype(np.float32) * 1.1
+        value.const_value = ir.Tensor(array.astype(ml_dtypes.bfloat16), dtype=ir.DataType.BFLOAT16, name="weight")
+        return model, sources
+
+    monkeypatch.setattr(lowering, "_translate", damaged)
+    with pytest.raises(ExportError, match="the file is off by"):
+        lower_onnx(nn.Linear(32, 8).bfloat16(), torch.randn(2, 32).bfloat16(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_compact_weights(tmp_path: Path) -> None:
+    model = make_sparse(nn.Linear(128, 128)).bfloat16()
+    x = torch.randn(2, 128).bfloat16()
+    plain = lower_onnx(model, x, tmp_path / "p.onnx")
+    small = lower_onnx(model, x, tmp_path / "c.onnx", weights="compact")
+    assert plain.bytes - small.bytes > 128 * 128 * 2 * 7 / 16 - 2000
+    sparsefx.densify_onnx(tmp_path / "c.onnx")
+    assert (tmp_path / "c.onnx").read_bytes() == (tmp_path / "p.onnx").read_bytes()
+
+
+def test_the_twin_has_no_bfloat16_left(tmp_path: Path) -> None:
+    lower_onnx(nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8)).bfloat16(), torch.randn(2, 3, 32).bfloat16(), tmp_path / "m.onnx")
+    write_float32_twin(tmp_path / "m.onnx", tmp_path / "t.onnx")
+    assert "BFLOAT16" not in str(ir.load(tmp_path / "t.onnx"))
+    assert "BFLOAT16" in str(ir.load(tmp_path / "m.onnx"))
+
+
+def test_a_free_batch_from_an_example_of_one(tmp_path: Path) -> None:
+    report = sparsefx.export_onnx(Mixed(), torch.randn(1, 16, 6, 6), tmp_path / "m.onnx", dynamic_batch=True)
+    assert any("another dynamic size (float32[3, 16, 6, 6])" in check for check in report.checks)
+    shape = onnx.load(tmp_path / "m.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [size.dim_param or size.dim_value for size in shape] == ["batch", 16, 6, 6]
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (1, 7):
+        assert session.run(None, {"x": np.zeros((batch, 16, 6, 6), np.float32)})[0].shape[0] == batch
+
+
+def test_a_free_batch_of_several_and_nested_inputs(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor, pair: tuple[Tensor, Tensor], scale: Tensor | None = None) -> Tensor:
+            return (x + pair[0] * pair[1]) * (1 if scale is None else scale)
+
+    x = torch.randn(3, 4)
+    sparsefx.export_onnx(Net(), ((x, (x, x)), {"scale": torch.tensor(2.0)}), tmp_path / "m.onnx", dynamic_batch=True)
+    shapes = [
+        [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in onnx.load(tmp_path / "m.onnx").graph.input
+    ]
+    assert shapes == [["batch", 4], ["batch", 4], ["batch", 4], []]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "text"),
+    [
+        ((torch.randn(2, 4), torch.randn(3, 4)), {}, "first axes of sizes 2, 3"),
+        (torch.tensor(1.0), {}, "no tensor with an axis"),
+        (torch.randn(2, 4), {"dynamic_shapes": ({0: "n"},)}, "were both given"),
+    ],
+)
+def test_a_free_batch_that_cannot_be(tmp_path: Path, inputs: Any, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(OptionError, match=text):
+        sparsefx.export_onnx(nn.Linear(4, 4), inputs, tmp_path / "m.onnx", dynamic_batch=True, **options)
+
+
+def test_spatial_sizes_can_be_free_too(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(16, 8, 2, stride=2))
+    names = {0: "batch", 2: "height", 3: "width"}
+    report = sparsefx.export_onnx(model, torch.randn(2, 16, 6, 8), tmp_path / "m.onnx", dynamic_shapes=(names,))
+    assert any("float32[3, 16, 7, 9]" in check for check in report.checks)
+
+
+@pytest.mark.parametrize("version", [0, 999])
+def test_an_operator_set_that_nobody_knows(tmp_path: Path, version: int) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "graph",
+        [helper.make_tensor_value_info("x", 1, [1])],
+        [helper.make_tensor_value_info("y", 1, [1])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)]), tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=rf"version {version} of the ONNX operator set, and versions 1 to \d+ are known"):
+        audit_onnx(tmp_path / "m.onnx")
+
+
+def test_a_file_without_weights_is_no_error(tmp_path: Path) -> None:
+    sparsefx.export_onnx(nn.ReLU(), torch.randn(2, 3), tmp_path / "m.onnx")
+    assert audit_onnx(tmp_path / "m.onnx") == ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace as replace_fields
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -12,7 +13,10 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from sparsefx import algorithms, checkpoint, patterns
-from sparsefx.algorithms import Exploit
+from sparsefx.algorithms import Algorithm, Exploit, Start
+from sparsefx.algorithms.options import expect_steps
+from sparsefx.capture.state import unchanged
+from sparsefx.densities import Candidate, Densities, layer_densities
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.inputs import with_zeros, without_values
 from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
@@ -34,7 +38,11 @@ def sparsify(
     *,
     pattern: str | Pattern = "2:4",
     density: float | None = None,
-    algorithm: str = "magnitude",
+    algorithm: str | Algorithm = "magnitude",
+    densities: Densities | None = None,
+    calibration: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    generator: torch.Generator | None = None,
     example_inputs: Any = None,
     include: Selection = None,
     exclude: Selection = None,
@@ -49,7 +57,12 @@ def sparsify(
         model: any module. Its code needs no change.
         pattern: which masks are allowed, see `patterns.parse`.
         density: share of weights that participate, where the pattern leaves it free (0.5 by default there).
-        algorithm: how masks are chosen and move: ``"magnitude"`` or ``"static"``.
+        algorithm: how masks are chosen and move: a name (see `sparsefx.algorithms`), or an Algorithm with options of your own.
+        densities: how ``density`` is divided among layers: ``"uniform"``, ``"erk"``, ``"global"``, or a dict of layer names or
+            globs to densities; see `sparsefx.densities.layer_densities`. None means the algorithm's own, mostly uniform.
+        calibration: batches that algorithms look at which score weights by data (``"snip"``, ``"grasp"``).
+        loss_fn: for these, ``loss_fn(model, batch)`` is the loss of one batch, a tensor without dimensions.
+        generator: a CPU generator for masks that begin at random; None stands for a new one with seed 0.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or a pair of both. With them,
             weights used outside layer modules and the heads of language models are recognised, and FLOPs counted.
         include: names, globs, module types or predicates ``(name, module) -> bool`` of the layers to consider.
@@ -61,7 +74,7 @@ def sparsify(
 
     Raises:
         StateError: the model is sparsified already.
-        PatternError, OptionError: unknown pattern or algorithm, or a density that does not fit.
+        PatternError, OptionError: unknown pattern or algorithm, or densities or an algorithm that do not fit the pattern.
         EligibilityError: no layer is eligible, or ``include``/``exclude`` match nothing.
         CaptureError: the model does not run on the example inputs.
         NonFiniteError: a weight holds NaN or infinity.
@@ -74,6 +87,9 @@ def sparsify(
     chosen = _pattern(pattern, "sparsify")
     resolved = chosen.resolve_density(density)
     method = algorithms.find(algorithm)
+    reason = method.refusal(chosen)
+    if reason is not None:
+        raise OptionError(f"algorithm {method.name!r} cannot be used with pattern {chosen.name!r}: {reason}")
     analysis = analyze(
         model,
         example_inputs=example_inputs,
@@ -86,20 +102,40 @@ def sparsify(
     rows = [layer for layer in analysis.layers if layer.sparse]
     if not rows:
         raise EligibilityError(_nothing_eligible(analysis))
+    for row in rows:
+        _expect_finite(row.name, model.get_parameter(row.parameter).detach())
     # Tensors made in inference mode could never be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
         weights = [model.get_parameter(row.parameter).detach() for row in rows]
-        masks_ = _first_masks(chosen, resolved, rows, weights)
+        scores = method.first_scores(
+            Start(
+                model=model,
+                names=[row.parameter for row in rows],
+                weights=weights,
+                density=resolved,
+                generator=torch.Generator().manual_seed(0) if generator is None else generator,
+                calibration=calibration,
+                loss_fn=loss_fn,
+                example_inputs=example_inputs,
+                unchanged=partial(unchanged, model, parameters=True),
+            )
+        )
+        wanted = method.default_densities(chosen) if densities is None else densities
+        candidates = [
+            Candidate((row.name, row.parameter), row.reduction_axis, score) for row, score in zip(rows, scores, strict=True)
+        ]
+        shares = layer_densities(wanted, resolved, chosen, candidates)
+        masks_ = _first_masks(chosen, [method.first_density(share) for share in shares], candidates)
         records = [
             SparseParameter(
                 pattern=chosen,
-                density=resolved,
+                density=share,
                 reduction_axis=row.reduction_axis,
                 mask=torch.empty_like(weight, dtype=torch.bool).copy_(mask),
                 dormant=weight.masked_fill(mask, 0),
-                algorithm=method.name,
+                algorithm=method,
             )
-            for row, weight, mask in zip(rows, weights, masks_, strict=True)
+            for row, weight, mask, share in zip(rows, weights, masks_, shares, strict=True)
         ]
         remembered = ModelRecord(
             pattern=chosen.name,
@@ -139,9 +175,12 @@ def attach(
     reset_every: int | None = None,
     fix_after: float | None = None,
     decay: float | None = None,
+    steps_per_epoch: int | None = None,
+    generator: torch.Generator | None = None,
     density_schedule: DensitySchedule | None = None,
     check_every: int | None = None,
     replace: bool = False,
+    **options: Any,
 ) -> MaskRuntime:
     """Let the masks of a sparsified model follow ``optimizer.step()``; the training loop stays as it is.
 
@@ -149,15 +188,19 @@ def attach(
         model: what `sparsify` returned, or a module that contains it (DDP, a compiled module).
         optimizer: one optimizer or several; each masked parameter is followed by the one that holds it.
         total_steps: optimizer steps of the whole run; the defaults of other options depend on it.
-        rewire_every: r, steps from one choice of masks to the next (magnitude: 1).
+        rewire_every: r, steps from one choice of masks to the next (magnitude: 1, rigl: 100).
         scale: s, factor on gradients of weights that do not participate (magnitude: 1).
         exploit: ``"reset"`` (magnitude's default), ``"fix"``, ``"regularize"`` or ``"none"``.
         reset_every: z, with ``"reset"`` (1000, in short runs a tenth of ``total_steps``).
-        fix_after: v, with ``"fix"`` (0.5).
+        fix_after: v, with ``"fix"`` (0.5); of methods that drop and grow, the share of the run after which masks stay.
         decay: beta, with ``"regularize"`` (2e-4).
+        steps_per_epoch: for methods that change masks once an epoch (``len(loader)``).
+        generator: a CPU generator for methods that draw at random; None stands for a new one with seed 0. Its state is in the
+            runtime's state_dict. Replicas need the same seed.
         density_schedule: step -> density, for patterns whose density is free; see `sparsefx.schedules`.
         check_every: steps between two looks at the device's NaN flag (100; on CPU each step looks, at no cost).
         replace: take over parameters that another runtime follows.
+        options: any other option of the algorithm, such as ``drop_fraction`` or ``growth``: the fields of its class.
 
     Returns:
         The runtime. Its ``report()`` has the values in force; its state_dict belongs into checkpoints.
@@ -168,22 +211,28 @@ def attach(
         OptionError: an option out of range, or without effect.
     """
     _expect_module(model, "attach")
-    names = sorted({record.algorithm for _, _, record in sparse_parameters(model)})
-    if not names:
+    found: list[Algorithm] = []
+    for _, _, record in sparse_parameters(model):
+        if record.algorithm is not None and record.algorithm not in found:
+            found.append(record.algorithm)
+    if not found:
         raise StateError("attach was given a model that is not sparsified; call sparsefx.sparsify(model) first")
-    if len(names) > 1:
-        raise StateError(f"the parts of this model were sparsified with {', '.join(names)}; attach to each part on its own")
-    method = algorithms.find(names[0])
-    settings = method.settings(
-        total_steps,
-        rewire_every=rewire_every,
-        scale=scale,
-        exploit=exploit,
-        reset_every=reset_every,
-        fix_after=fix_after,
-        decay=decay,
-        check_every=check_every,
-    )
+    if len(found) > 1:
+        names = ", ".join(sorted(method.name for method in found))
+        raise StateError(f"the parts of this model were sparsified with {names}; attach to each part on its own")
+    named = {
+        "rewire_every": rewire_every,
+        "scale": scale,
+        "exploit": exploit,
+        "reset_every": reset_every,
+        "fix_after": fix_after,
+        "decay": decay,
+    }
+    method = found[0].with_options({**{name: value for name, value in named.items() if value is not None}, **options})
+    expect_steps("total_steps", total_steps)
+    expect_steps("check_every", 100 if check_every is None else check_every)
+    if steps_per_epoch is not None:
+        expect_steps("steps_per_epoch", steps_per_epoch)
     if density_schedule is not None:
         _check_schedule(model, density_schedule, method, total_steps)
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
@@ -192,10 +241,12 @@ def attach(
     return MaskRuntime(
         model,
         optimizers,
-        settings,
-        algorithm=method.name,
-        moves=method.moves,
+        method,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        generator=generator,
         density_schedule=density_schedule,
+        check_every=100 if check_every is None else check_every,
         replace=replace,
     )
 
@@ -338,12 +389,13 @@ def _expect_finite(name: str, weight: Tensor) -> None:
         )
 
 
-def _first_masks(pattern: Pattern, density: float, rows: Sequence[LayerReport], weights: Sequence[Tensor]) -> list[Tensor]:
-    for row, weight in zip(rows, weights, strict=True):
-        _expect_finite(row.name, weight)
+def _first_masks(pattern: Pattern, shares: Sequence[float], layers: Sequence[Candidate]) -> list[Tensor]:
     if isinstance(pattern, GlobalUnstructured):
-        return pattern.masks(weights, density)
-    return [pattern.mask(w, density, reduction_axis=row.reduction_axis) for row, w in zip(rows, weights, strict=True)]
+        return pattern.masks([layer.scores for layer in layers], shares[0])
+    return [
+        pattern.mask(layer.scores, share, reduction_axis=layer.reduction_axis)
+        for layer, share in zip(layers, shares, strict=True)
+    ]
 
 
 def _nothing_eligible(analysis: Analysis) -> str:
@@ -360,8 +412,14 @@ def _nothing_eligible(analysis: Analysis) -> str:
 def _check_schedule(model: nn.Module, schedule: DensitySchedule, method: algorithms.Algorithm, total_steps: int) -> None:
     if not callable(schedule):
         raise OptionError(f"density_schedule={schedule!r} was given; expected a function of the step, see sparsefx.schedules")
-    if not method.moves:
-        raise OptionError(f"density_schedule was given, but the masks of algorithm {method.name!r} never move")
+    if not method.follows_schedule:
+        never = "never move" if not method.moves else "move by a rule of their own"
+        raise OptionError(f"density_schedule was given, but the masks of algorithm {method.name!r} {never}")
+    if len({record.density for _, _, record in sparse_parameters(model)}) > 1:
+        raise OptionError(
+            "density_schedule was given, which is one density for all layers, but they were given densities of their own; "
+            "leave one of the two out"
+        )
     for name, _, record in sparse_parameters(model):
         if record.pattern.fixed_density is not None:
             raise OptionError(

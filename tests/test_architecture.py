@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "report", "html", "schedules", "data", "inputs"),
     ("patterns",),
-    ("algorithms", "ops", "sparse_parameter", "model_record", "checkpoint", "layers"),
+    ("algorithms", "ops", "sparse_parameter", "model_record", "checkpoint", "layers", "densities", "loaded_densities"),
     ("program", "capture", "verify", "follow", "runtime", "analysis"),
     ("passes",),
     ("api", "onnx_audit"),

@@ -1,0 +1,149 @@
+"""Dropping units of weights that participate and growing as many others, so that their number never changes.
+
+A unit is what comes and goes together in a pattern: a weight, a block, a filter. In patterns with groups (N:M) weights are
+dropped, and the places that they leave are filled inside the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsefx.algorithms.allocate import allocate
+from sparsefx.algorithms.layer import Layer
+from sparsefx.patterns import GlobalUnstructured
+from sparsefx.patterns.selection import largest, summation_dtype
+from sparsefx.patterns.units import is_free, spread_units, unit_scores, weights_per_unit
+
+Score = Callable[[Layer], Tensor]
+Share = Callable[[Layer], float]
+Within = Literal["layer", "neuron", "all"]
+
+# Weights that stay score this much more than any that could be grown: more than a whole 16 x 16 block of those together.
+_KEPT = 1024.0
+
+
+@dataclass(eq=False)
+class Places:
+    """The units of one layer: which participate, and how many of them."""
+
+    layer: Layer
+
+    def __post_init__(self) -> None:
+        layer = self.layer
+        self.free = is_free(layer.pattern)
+        if isinstance(layer.pattern, GlobalUnstructured) or not self.free:
+            self.active = layer.mask
+        else:
+            self.active = self.scores(layer.mask.to(torch.float32)) > 0
+        size = weights_per_unit(layer.pattern, layer.mask.shape, layer.record.reduction_axis)
+        self.total = layer.mask.numel() // size
+        self.count = int(self.active.sum())
+
+    def scores(self, values: Tensor) -> Tensor:
+        """One score a unit, of values of any sign in the weight's shape."""
+        wide = values.detach().abs().to(torch.promote_types(values.dtype, torch.float32))
+        return unit_scores(self.layer.pattern, wide, self.layer.record.reduction_axis)
+
+    def drop_scores(self, drop: Score) -> Tensor:
+        """Of the units that participate, what `drop` says of their weights; -1 elsewhere."""
+        return self.scores(drop(self.layer).masked_fill(~self.layer.mask, 0)).masked_fill(~self.active, -1)
+
+    def put(self, kept: Tensor, grown: Tensor | None, grow_scores: Tensor, *, clear_moments: bool) -> None:
+        """Let units participate: those kept and grown, or in patterns with groups those kept and the best beside them."""
+        layer, axis = self.layer, self.layer.record.reduction_axis
+        if grown is not None:
+            chosen = kept | grown
+            mask = spread_units(layer.pattern, chosen, layer.mask, axis)
+            density = None if isinstance(layer.pattern, GlobalUnstructured) else int(chosen.sum()) / self.total
+            layer.set_mask(mask, density=density, clear_moments=clear_moments)
+            return
+        wide = grow_scores.to(summation_dtype(grow_scores))
+        wide = torch.nan_to_num(wide / wide.amax().clamp_min(torch.finfo(wide.dtype).tiny))
+        mask = layer.pattern.mask(torch.where(kept, _KEPT, wide), layer.record.density, reduction_axis=axis)
+        layer.set_mask(mask, clear_moments=clear_moments)
+
+
+def largest_together(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Bool masks of exactly ``count`` largest entries of all tensors together; of equal ones, the first stay."""
+    if count == 0:
+        return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    if len(scores) == 1:
+        return [largest(scores[0], count)]
+    device, dtype = scores[0].device, summation_dtype(scores[0])
+    flat = torch.cat([score.reshape(-1).to(device, dtype) for score in scores])
+    pieces = largest(flat, count).split([score.numel() for score in scores])
+    return [piece.view(score.shape).to(score.device) for piece, score in zip(pieces, scores, strict=True)]
+
+
+def drop_smallest(
+    places: Sequence[Places], scores: Sequence[Tensor], fractions: Sequence[float], *, together: bool
+) -> list[Tensor]:
+    """The units that stay when a fraction of each layer's is dropped; with ``together``, the smallest of all layers.
+
+    The best unit of each layer stays whatever the fraction is.
+    """
+    dropped = [
+        min(round(fraction * place.count), max(0, place.count - 1)) for place, fraction in zip(places, fractions, strict=True)
+    ]
+    if together:
+        best = [torch.where(largest_together([score], 1)[0], float("inf"), score) for score in scores]
+        return largest_together(best, sum(place.count for place in places) - sum(dropped))
+    kept: list[Tensor] = []
+    for place, score, count in zip(places, scores, dropped, strict=True):
+        kept += largest_together([score], place.count - count)
+    return kept
+
+
+def grow_largest(
+    places: Sequence[Places],
+    kept: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    counts: Sequence[int],
+    *,
+    within: Within,
+    clear_moments: bool,
+) -> None:
+    """Let the units with the largest scores participate beside those kept, and move the masks.
+
+    Args:
+        places: the units of each layer.
+        kept: which of them stay.
+        scores: by unit, not negative. Units that were dropped just now may come back.
+        counts: how many each layer grows; patterns with groups fill their groups instead.
+        within: ``layer``, ``neuron`` (each output takes its share of the layer's count, by the mean of its scores), or ``all``:
+            the best of all layers together.
+        clear_moments: see `Layer.set_mask`.
+    """
+    open_ = [
+        torch.nan_to_num(score, posinf=torch.finfo(score.dtype).max).masked_fill(stays, -1)
+        for score, stays in zip(scores, kept, strict=True)
+    ]
+    grown: list[Tensor | None] = []
+    if within == "all":
+        grown += largest_together(open_, sum(counts))
+    else:
+        for place, score, whole, count in zip(places, open_, scores, counts, strict=True):
+            if not place.free:
+                grown.append(None)
+            elif within == "neuron":
+                grown.append(_by_neuron(score, whole, count, 1 - place.layer.record.reduction_axis))
+            else:
+                grown += largest_together([score], count)
+    for place, stays, new, score in zip(places, kept, grown, scores, strict=True):
+        place.put(stays, new, score, clear_moments=clear_moments)
+
+
+def _by_neuron(open_: Tensor, scores: Tensor, count: int, axis: int) -> Tensor:
+    rows = open_.movedim(axis, 0).flatten(1)
+    room = (rows >= 0).sum(1).tolist()
+    shares = scores.movedim(axis, 0).flatten(1).mean(1).tolist()
+    taken = torch.tensor(allocate(count, shares, room), device=rows.device)
+    order = rows.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(rows, dtype=torch.bool)
+    chosen.scatter_(1, order, torch.arange(rows.shape[1], device=rows.device) < taken.unsqueeze(1))
+    return chosen.view(open_.movedim(axis, 0).shape).movedim(0, axis)

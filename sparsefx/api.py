@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sparsefx import algorithms, checkpoint, patterns
 from sparsefx.algorithms import Algorithm, Exploit, Start
 from sparsefx.algorithms.options import expect_steps
+from sparsefx.capture.arguments import split_arguments
 from sparsefx.capture.state import unchanged
 from sparsefx.densities import Candidate, Densities, layer_densities
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
@@ -116,7 +117,7 @@ def sparsify(
                 generator=torch.Generator().manual_seed(0) if generator is None else generator,
                 calibration=calibration,
                 loss_fn=loss_fn,
-                example_inputs=example_inputs,
+                inputs=None if example_inputs is None else split_arguments(example_inputs),
                 unchanged=partial(unchanged, model, parameters=True),
             )
         )
@@ -129,7 +130,8 @@ def sparsify(
         records = [
             SparseParameter(
                 pattern=chosen,
-                density=share,
+                density=method.first_density(share),
+                target=None if method.first_density(share) == share else share,
                 reduction_axis=row.reduction_axis,
                 mask=torch.empty_like(weight, dtype=torch.bool).copy_(mask),
                 dormant=weight.masked_fill(mask, 0),

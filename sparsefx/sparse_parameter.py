@@ -32,7 +32,8 @@ class SparseParameter:
 
     Attributes:
         pattern: what masks are allowed.
-        density: share of weights that participate, as asked for.
+        density: share of weights that participate.
+        target: the density asked for, where an algorithm has yet to reach it.
         reduction_axis: 0 or 1.
         mask: bool, the parameter's shape, True where a weight participates. Moved in place while training.
         dormant: the values n of the weights that do not participate, zero elsewhere, in the parameter's shape and
@@ -56,6 +57,7 @@ class SparseParameter:
     threshold: float | None = None
     merged: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
+    target: float | None = None
     runtime: weakref.ReferenceType[Any] | None = field(default=None, repr=False)
     warning: RemovableHandle | None = field(default=None, repr=False)
     loading: Tensor | None = field(default=None, repr=False)

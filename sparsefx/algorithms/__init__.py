@@ -5,19 +5,46 @@ from __future__ import annotations
 import difflib
 
 from sparsefx.algorithms import scores
+from sparsefx.algorithms.accelerated import ACCELERATED, Accelerated
 from sparsefx.algorithms.base import Algorithm, Split
 from sparsefx.algorithms.composed import Composed
+from sparsefx.algorithms.deep_r import DEEP_R, DeepR
+from sparsefx.algorithms.drop_back import DROP_BACK, DropBack
+from sparsefx.algorithms.dynamic_reparameterization import DSR, DynamicReparameterization
+from sparsefx.algorithms.gradual import GRADUAL, Gradual
+from sparsefx.algorithms.grasp import GRASP, GraSP
 from sparsefx.algorithms.layer import Layer, Run
 from sparsefx.algorithms.magnitude import MAGNITUDE, Magnitude
 from sparsefx.algorithms.rigl import RIGL, RigL
 from sparsefx.algorithms.settings import Exploit, Settings
+from sparsefx.algorithms.snip import SNIP, SNIP_SCORES
 from sparsefx.algorithms.sparse_evolution import SET, SparseEvolution
 from sparsefx.algorithms.sparse_momentum import SPARSE_MOMENTUM, SparseMomentum
+from sparsefx.algorithms.sr_ste import SR_STE, SRSTE
 from sparsefx.algorithms.start import Start
 from sparsefx.algorithms.static import STATIC, STATIC_RANDOM, Static
+from sparsefx.algorithms.synflow import SYNFLOW, SynFlow
+from sparsefx.algorithms.top_kast import TOP_KAST, TopKAST
 from sparsefx.errors import OptionError
 
-ALGORITHMS: tuple[Algorithm, ...] = (MAGNITUDE, STATIC, STATIC_RANDOM, SPARSE_MOMENTUM, SET, RIGL)
+ALGORITHMS: tuple[Algorithm, ...] = (
+    MAGNITUDE,
+    STATIC,
+    STATIC_RANDOM,
+    SPARSE_MOMENTUM,
+    SET,
+    RIGL,
+    DSR,
+    DEEP_R,
+    TOP_KAST,
+    SR_STE,
+    ACCELERATED,
+    SNIP_SCORES,
+    GRASP,
+    SYNFLOW,
+    GRADUAL,
+    DROP_BACK,
+)
 
 
 def find(name: str | Algorithm) -> Algorithm:
@@ -37,9 +64,17 @@ def find(name: str | Algorithm) -> Algorithm:
 
 __all__ = [
     "ALGORITHMS",
+    "SNIP",
+    "SRSTE",
+    "Accelerated",
     "Algorithm",
     "Composed",
+    "DeepR",
+    "DropBack",
+    "DynamicReparameterization",
     "Exploit",
+    "GraSP",
+    "Gradual",
     "Layer",
     "Magnitude",
     "RigL",
@@ -50,6 +85,8 @@ __all__ = [
     "Split",
     "Start",
     "Static",
+    "SynFlow",
+    "TopKAST",
     "find",
     "scores",
 ]

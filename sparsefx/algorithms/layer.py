@@ -107,6 +107,17 @@ class Layer:
         else:
             gradient.copy_(torch.where(self.record.mask, gradient, gradient * scale))
 
+    def mask_moments(self) -> None:
+        """Zero what the optimizer keeps of weights that do not participate."""
+        for value in self._moments():
+            keep_masked(value, self.record)
+
+    def _moments(self) -> list[Tensor]:
+        state = self.run.optimizer.state.get(self.parameter, {}).values()
+        return [
+            value for value in state if isinstance(value, Tensor) and value.shape == self.mask.shape and value.is_floating_point()
+        ]
+
     def set_mask(self, mask: Tensor, *, density: float | None = None, clear_moments: bool = True) -> None:
         """Let the mask become ``mask``, in place. Weights that come or go are zero from now on.
 
@@ -118,9 +129,8 @@ class Layer:
         """
         if clear_moments:
             changed = mask != self.record.mask
-            for value in self.run.optimizer.state.get(self.parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == mask.shape and value.is_floating_point():
-                    value.masked_fill_(changed, 0)
+            for value in self._moments():
+                value.masked_fill_(changed, 0)
         self.weight.masked_fill_(~(mask & self.record.mask), 0)
         self.record.mask.copy_(mask)
         if density is not None:
@@ -148,6 +158,12 @@ class Run:
     layers: list[Layer] = field(default_factory=list)
     step: int = 0
     values: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """What a GradScaler has multiplied the gradients with, where it leaves undoing that to a fused optimizer."""
+        scale = getattr(self.optimizer, "grad_scale", None)
+        return scale if isinstance(scale, Tensor) else None
 
 
 def random_scores(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,9 +23,9 @@ class Start:
         generator: for whatever is random.
         calibration: batches to look at, or None.
         loss_fn: ``loss_fn(model, batch)`` is the loss of one batch, a tensor without dimensions; or None.
-        example_inputs: as given to ``sparsify``.
+        inputs: positional and keyword arguments to run the model with, or None where ``sparsify`` was given no
+            ``example_inputs``.
         unchanged: ``with start.unchanged():`` puts everything back that running the model in there has changed.
-        call: runs the model on ``example_inputs`` of whatever form.
     """
 
     model: nn.Module
@@ -33,10 +33,10 @@ class Start:
     weights: Sequence[Tensor]
     density: float
     generator: torch.Generator
+    unchanged: Callable[[], AbstractContextManager[None]]
     calibration: Iterable[Any] | None = None
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
-    example_inputs: Any = None
-    unchanged: Callable[[], AbstractContextManager[None]] | None = None
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """The Parameters that become sparse."""

@@ -50,7 +50,8 @@ def sparsified(algorithm: Algorithm, pattern: str, seed: int = 0, **options: Any
 
 def attached(model: nn.Module, optimizer: torch.optim.Optimizer, algorithm: Algorithm, seed: int = 0) -> MaskRuntime:
     """Masks that move every third step, where the algorithm moves them now and then."""
-    shortened = {"rewire_every": 3, "exploit": "none"}  # a reset at every step would keep masks where they are
+    # A reset at every step would keep masks where they are, and so would a threshold below all weights.
+    shortened: dict[str, Any] = {"rewire_every": 3, "exploit": "none", "threshold": 0.1}
     options: dict[str, Any] = {field.name: shortened[field.name] for field in fields(algorithm) if field.name in shortened}
     return sparsefx.attach(
         model,

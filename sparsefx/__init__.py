@@ -2,9 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from sparsefx import patterns, schedules
+from sparsefx import algorithms, patterns, schedules
 from sparsefx.api import attach, audit, export_onnx, finalize, graph, masks, sparsify
 from sparsefx.errors import SparsefxError
+from sparsefx.lottery import lottery_ticket
 from sparsefx.passes.analyze_eligibility import Eligibility
 from sparsefx.runtime import MaskRuntime
 
@@ -17,11 +18,13 @@ __all__ = [
     "Eligibility",
     "MaskRuntime",
     "SparsefxError",
+    "algorithms",
     "attach",
     "audit",
     "export_onnx",
     "finalize",
     "graph",
+    "lottery_ticket",
     "masks",
     "patterns",
     "schedules",

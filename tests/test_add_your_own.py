@@ -45,7 +45,13 @@ def test_a_method_of_ones_own_takes_fewer_than_ten_lines() -> None:
 def test_the_documented_method_runs_from_outside_the_package(tmp_path: Path) -> None:
     program = tmp_path / "mine.py"
     program.write_text(PROGRAM.format(code=_code()))
-    command = [sys.executable, "-W", "error", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); exec(open({str(program)!r}).read())"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); exec(open({str(program)!r}).read())",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["agreement", "True", "True"]

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from sparsefx.algorithms.base import Algorithm, First, Split, first_scores_of
-from sparsefx.algorithms.drop_grow import Places, Within, grow_largest
+from sparsefx.algorithms.drop_grow import Places
 from sparsefx.algorithms.layer import Layer, Run
 from sparsefx.algorithms.options import expect_not_negative, expect_one_of
 from sparsefx.algorithms.start import Start
+from sparsefx.ops.select import random_among
 from sparsefx.patterns import Block, Channel, GlobalUnstructured, Pattern
+from sparsefx.patterns.units import is_free
 
 _SIGN = "sign"
 
@@ -78,15 +80,19 @@ class DeepR(Algorithm):
         return layer.mask & (weight * sign >= 0)
 
     def _replace(self, layers: list[Layer], kept: list[Tensor]) -> None:
-        before = [layer.mask.clone() for layer in layers]
-        dropped = [int(mask.sum()) - int(stays.sum()) for mask, stays in zip(before, kept, strict=True)]
-        if not any(dropped):
+        dropped = sum(int(layer.mask.sum()) - int(stays.sum()) for layer, stays in zip(layers, kept, strict=True))
+        if not dropped:
             return
-        scores = [layer.random() for layer in layers]
         for layer, stays in zip(layers, kept, strict=True):
             layer.weight.masked_fill_(~stays, 0)
-        within: Within = "all" if len(layers) > 1 else "layer"
-        grow_largest([Places(layer) for layer in layers], kept, scores, dropped, within=within, clear_moments=True)
+        if is_free(layers[0].pattern):
+            together = torch.cat([~stays.reshape(-1) for stays in kept])
+            pieces = random_among(together, dropped, layers[0].run.generator).split([stays.numel() for stays in kept])
+            for layer, stays, piece in zip(layers, kept, pieces, strict=True):
+                layer.set_mask(stays | piece.view(stays.shape))
+        else:
+            for layer, stays in zip(layers, kept, strict=True):
+                Places(layer).put(stays, None, layer.random(), clear_moments=True)
         for layer, stays in zip(layers, kept, strict=True):
             grown = layer.mask & ~stays
             signs = torch.randint(0, 2, (int(grown.sum()),), generator=layer.run.generator) * 2 - 1

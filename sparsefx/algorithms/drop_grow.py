@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sparsefx.algorithms.allocate import allocate
 from sparsefx.algorithms.layer import Layer
+from sparsefx.ops.select import largest_among
 from sparsefx.patterns import GlobalUnstructured
-from sparsefx.patterns.selection import largest, summation_dtype
+from sparsefx.patterns.selection import summation_dtype
 from sparsefx.patterns.units import is_free, spread_units, unit_scores, weights_per_unit
 
 Score = Callable[[Layer], Tensor]
@@ -50,8 +51,12 @@ class Places:
         return unit_scores(self.layer.pattern, wide, self.layer.record.reduction_axis)
 
     def drop_scores(self, drop: Score) -> Tensor:
-        """Of the units that participate, what `drop` says of their weights; -1 elsewhere."""
-        return self.scores(drop(self.layer).masked_fill(~self.layer.mask, 0)).masked_fill(~self.active, -1)
+        """What `drop` says of units, by their participating weights."""
+        return self.scores(drop(self.layer).masked_fill(~self.layer.mask, 0))
+
+    def best(self, scores: Tensor) -> Tensor:
+        """The one unit with the largest score of those that participate."""
+        return largest_among([scores], [self.active], min(1, self.count))[0]
 
     def put(self, kept: Tensor, grown: Tensor | None, grow_scores: Tensor, *, clear_moments: bool) -> None:
         """Let units participate: those kept and grown, or in patterns with groups those kept and the best beside them."""
@@ -68,18 +73,6 @@ class Places:
         layer.set_mask(mask, clear_moments=clear_moments)
 
 
-def largest_together(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Bool masks of exactly ``count`` largest entries of all tensors together; of equal ones, the first stay."""
-    if count == 0:
-        return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-    if len(scores) == 1:
-        return [largest(scores[0], count)]
-    device, dtype = scores[0].device, summation_dtype(scores[0])
-    flat = torch.cat([score.reshape(-1).to(device, dtype) for score in scores])
-    pieces = largest(flat, count).split([score.numel() for score in scores])
-    return [piece.view(score.shape).to(score.device) for piece, score in zip(pieces, scores, strict=True)]
-
-
 def drop_smallest(
     places: Sequence[Places], scores: Sequence[Tensor], fractions: Sequence[float], *, together: bool
 ) -> list[Tensor]:
@@ -91,11 +84,12 @@ def drop_smallest(
         min(round(fraction * place.count), max(0, place.count - 1)) for place, fraction in zip(places, fractions, strict=True)
     ]
     if together:
-        best = [torch.where(largest_together([score], 1)[0], float("inf"), score) for score in scores]
-        return largest_together(best, sum(place.count for place in places) - sum(dropped))
+        best = [place.best(score) for place, score in zip(places, scores, strict=True)]
+        raised = [score.masked_fill(top, float("inf")) for score, top in zip(scores, best, strict=True)]
+        return largest_among(raised, [place.active for place in places], sum(place.count for place in places) - sum(dropped))
     kept: list[Tensor] = []
     for place, score, count in zip(places, scores, dropped, strict=True):
-        kept += largest_together([score], place.count - count)
+        kept += largest_among([score], [place.active], place.count - count)
     return kept
 
 
@@ -119,31 +113,25 @@ def grow_largest(
             the best of all layers together.
         clear_moments: see `Layer.set_mask`.
     """
-    open_ = [
-        torch.nan_to_num(score, posinf=torch.finfo(score.dtype).max).masked_fill(stays, -1)
-        for score, stays in zip(scores, kept, strict=True)
-    ]
     grown: list[Tensor | None] = []
     if within == "all":
-        grown += largest_together(open_, sum(counts))
+        grown += largest_among(scores, [~stays for stays in kept], sum(counts))
     else:
-        for place, score, whole, count in zip(places, open_, scores, counts, strict=True):
+        for place, score, stays, count in zip(places, scores, kept, counts, strict=True):
             if not place.free:
                 grown.append(None)
             elif within == "neuron":
-                grown.append(_by_neuron(score, whole, count, 1 - place.layer.record.reduction_axis))
+                grown.append(_by_neuron(score, ~stays, count, 1 - place.layer.record.reduction_axis))
             else:
-                grown += largest_together([score], count)
+                grown += largest_among([score], [~stays], count)
     for place, stays, new, score in zip(places, kept, grown, scores, strict=True):
         place.put(stays, new, score, clear_moments=clear_moments)
 
 
-def _by_neuron(open_: Tensor, scores: Tensor, count: int, axis: int) -> Tensor:
-    rows = open_.movedim(axis, 0).flatten(1)
-    room = (rows >= 0).sum(1).tolist()
-    shares = scores.movedim(axis, 0).flatten(1).mean(1).tolist()
-    taken = torch.tensor(allocate(count, shares, room), device=rows.device)
-    order = rows.argsort(dim=1, descending=True, stable=True)
-    chosen = torch.zeros_like(rows, dtype=torch.bool)
-    chosen.scatter_(1, order, torch.arange(rows.shape[1], device=rows.device) < taken.unsqueeze(1))
-    return chosen.view(open_.movedim(axis, 0).shape).movedim(0, axis)
+def _by_neuron(scores: Tensor, candidates: Tensor, count: int, axis: int) -> Tensor:
+    values, free = scores.movedim(axis, 0).flatten(1), candidates.movedim(axis, 0).flatten(1)
+    taken = torch.tensor(allocate(count, values.mean(1).tolist(), free.sum(1).tolist()), device=values.device)
+    order = values.masked_fill(~free, -1).argsort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(free)
+    chosen.scatter_(1, order, torch.arange(values.shape[1], device=values.device) < taken.unsqueeze(1))
+    return chosen.view(candidates.movedim(axis, 0).shape).movedim(0, axis)

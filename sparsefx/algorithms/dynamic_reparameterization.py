@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsefx.algorithms import scores
 from sparsefx.algorithms.allocate import allocate
 from sparsefx.algorithms.base import Algorithm, First, first_scores_of
-from sparsefx.algorithms.drop_grow import Places, grow_largest, largest_together
+from sparsefx.algorithms.drop_grow import Places, grow_largest
 from sparsefx.algorithms.layer import Layer, Run
 from sparsefx.algorithms.options import expect_not_negative, expect_one_of, expect_share, expect_steps
 from sparsefx.algorithms.start import Start
@@ -85,10 +85,7 @@ class DynamicReparameterization(Algorithm):
         places = [Places(layer) for layer in run.layers]
         sizes = [place.drop_scores(scores.magnitude) for place in places]
         # The largest of a layer stays whatever the threshold is, so that none dies.
-        kept = [
-            place.active & ((size >= threshold) | largest_together([size], 1)[0])
-            for place, size in zip(places, sizes, strict=True)
-        ]
+        kept = [(place.active & (size >= threshold)) | place.best(size) for place, size in zip(places, sizes, strict=True)]
         left = [int(stays.sum()) for stays in kept]
         dropped = sum(place.count for place in places) - sum(left)
         wanted = self.drop_fraction * sum(place.count for place in places)

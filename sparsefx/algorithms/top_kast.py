@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sparsefx.algorithms.base import Algorithm, Split
 from sparsefx.algorithms.layer import Layer, Run
 from sparsefx.algorithms.options import expect_not_negative, expect_share, expect_steps
 from sparsefx.errors import OptionError
-from sparsefx.patterns.selection import largest
+from sparsefx.ops.select import largest_among
+from sparsefx.ops.split import keep_masked, merge
+from sparsefx.sparse_parameter import SparseParameter
 
 _BACKWARD = "backward"
 
@@ -62,17 +63,15 @@ class TopKAST(Algorithm):
         layer.state[_BACKWARD] = self._updated(layer)
 
     def edit_gradient(self, run: Run, layer: Layer) -> None:
-        factor = torch.where(layer.mask, self.penalty, self.penalty / max(layer.record.density, 1e-12)).to(layer.weight.dtype)
-        gradient = layer.gradient
-        gradient.addcmul_(layer.weight, factor if run.loss_scale is None else factor * run.loss_scale)
-        gradient.masked_fill_(~layer.state[_BACKWARD], 0)
+        # Dormant values are zero where weights participate: they get what their penalty is larger by.
+        more = self.penalty / max(layer.record.density, 1e-12) - self.penalty
+        for values, factor in ((layer.weight, self.penalty), (_dormant(layer), more)):
+            layer.gradient.add_(values if run.loss_scale is None else values * run.loss_scale, alpha=factor)
+        keep_masked(layer.gradient, _as_updated(layer))
 
     def after_step(self, run: Run) -> Split:
-        for layer in run.layers:
-            # Momentum and weight decay reach these too, whatever their gradient was.
-            dormant = layer.record.dormant
-            assert dormant is not None
-            layer.weight.copy_(torch.where(layer.state[_BACKWARD], layer.weight, dormant))
+        # Momentum and weight decay reach the others too, whatever their gradient was: they go back to their value.
+        merge([layer.weight for layer in run.layers], [_as_updated(layer) for layer in run.layers])
         return Split(rewire=self._rewires(run))
 
     def move(self, run: Run) -> None:
@@ -86,13 +85,23 @@ class TopKAST(Algorithm):
     def _updated(self, layer: Layer) -> Tensor:
         """The weights that participate, and of the others the largest, up to the density d'."""
         wanted = self.backward_density if self.backward_density is not None else min(1.0, 2 * layer.record.density)
-        dormant = layer.record.dormant
-        assert dormant is not None
         total, used = layer.mask.numel(), int(layer.mask.sum())
         more = max(0, round(wanted * total) - used)
         if more == 0:
             return layer.mask.clone()
-        return layer.mask | largest(dormant.abs().masked_fill(layer.mask, -1), more)
+        return layer.mask | largest_among([_dormant(layer).abs()], [~layer.mask], more)[0]
+
+
+def _dormant(layer: Layer) -> Tensor:
+    dormant = layer.record.dormant
+    assert dormant is not None
+    return dormant
+
+
+def _as_updated(layer: Layer) -> SparseParameter:
+    """A record that takes the weights which are updated for those that participate."""
+    record = layer.record
+    return SparseParameter(record.pattern, record.density, record.reduction_axis, layer.state[_BACKWARD], record.dormant)
 
 
 TOP_KAST = TopKAST()

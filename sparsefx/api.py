@@ -114,7 +114,7 @@ def sparsify(
                 names=[row.parameter for row in rows],
                 weights=weights,
                 density=resolved,
-                generator=torch.Generator().manual_seed(0) if generator is None else generator,
+                generator=_apart(generator),
                 calibration=calibration,
                 loss_fn=loss_fn,
                 inputs=None if example_inputs is None else split_arguments(example_inputs),
@@ -398,6 +398,12 @@ def _first_masks(pattern: Pattern, shares: Sequence[float], layers: Sequence[Can
         pattern.mask(layer.scores, share, reduction_axis=layer.reduction_axis)
         for layer, share in zip(layers, shares, strict=True)
     ]
+
+
+def _apart(generator: torch.Generator | None) -> torch.Generator:
+    """A generator for the first masks. Growth often gets one of the same seed: it must not draw the very numbers again."""
+    given = torch.Generator().manual_seed(0) if generator is None else generator
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=given)))
 
 
 def _nothing_eligible(analysis: Analysis) -> str:

@@ -37,11 +37,8 @@ class Places:
     def __post_init__(self) -> None:
         layer = self.layer
         self.free = is_free(layer.pattern)
-        if isinstance(layer.pattern, GlobalUnstructured) or not self.free:
-            self.active = layer.mask
-        else:
-            self.active = self.scores(layer.mask.to(torch.float32)) > 0
         size = weights_per_unit(layer.pattern, layer.mask.shape, layer.record.reduction_axis)
+        self.active = layer.mask if size == 1 else self.scores(layer.mask.to(torch.float32)) > 0
         self.total = layer.mask.numel() // size
         self.count = int(self.active.sum())
 
@@ -52,7 +49,10 @@ class Places:
 
     def drop_scores(self, drop: Score) -> Tensor:
         """What `drop` says of units, by their participating weights."""
-        return self.scores(drop(self.layer).masked_fill(~self.layer.mask, 0))
+        values = drop(self.layer)
+        if self.active is not self.layer.mask:  # what does not participate must not count in the score of a block
+            values = values.masked_fill(~self.layer.mask, 0)
+        return self.scores(values)
 
     def best(self, scores: Tensor) -> Tensor:
         """The one unit with the largest score of those that participate."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsefx.algorithms.at_start import AtStart, gradients, losses
 from sparsefx.algorithms.start import Start
@@ -29,7 +30,8 @@ class GraSP(AtStart):
 
     def scores(self, start: Start) -> list[Tensor]:
         flow = [torch.zeros_like(weight) for weight in start.weights]
-        with start.unchanged(), torch.enable_grad():
+        # Fused attention kernels have no second derivative.
+        with start.unchanged(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for loss, parameters in losses(start, self.name):
                 first = gradients(loss, parameters, keep_graph=True)
                 # d/dw of g.detach() * g(w) is the product of Hessian and gradient.

@@ -2,9 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from sparsefx import patterns, schedules
+from sparsefx import algorithms, patterns, schedules
 from sparsefx.api import attach, audit, export_onnx, export_parts, finalize, graph, masks, sparsify
 from sparsefx.errors import SparsefxError
+from sparsefx.lottery import lottery_ticket
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
@@ -21,6 +22,7 @@ __all__ = [
     "Eligibility",
     "MaskRuntime",
     "SparsefxError",
+    "algorithms",
     "attach",
     "audit",
     "audit_onnx",
@@ -31,6 +33,7 @@ __all__ = [
     "finalize",
     "graph",
     "kept_magnitude",
+    "lottery_ticket",
     "masks",
     "patterns",
     "quantize_onnx",

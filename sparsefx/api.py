@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace as replace_fields
 from os import PathLike
 from typing import Any, TypeVar
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from sparsefx import algorithms, checkpoint, one_shot, patterns
-from sparsefx.algorithms import Exploit
+from sparsefx import algorithms, checkpoint, patterns
+from sparsefx.algorithms import Algorithm, Exploit
+from sparsefx.algorithms.options import expect_steps
+from sparsefx.densities import Densities
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
+from sparsefx.first_masks import first_masks, method_of
 from sparsefx.inputs import with_zeros, without_values
 from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
 from sparsefx.one_shot import OneShotMethod
@@ -22,7 +25,7 @@ from sparsefx.passes.insert_masks import masked_graph
 from sparsefx.passes.lower_onnx import Encoding, lower_onnx
 from sparsefx.passes.lower_parts import PartsReport, lower_parts
 from sparsefx.passes.onnx_report import ExportReport
-from sparsefx.patterns import GlobalUnstructured, Pattern
+from sparsefx.patterns import Pattern
 from sparsefx.report import Audit, LayerReport
 from sparsefx.runtime import MaskRuntime
 from sparsefx.schedules import DensitySchedule
@@ -36,8 +39,11 @@ def sparsify(
     *,
     pattern: str | Pattern = "2:4",
     density: float | None = None,
-    algorithm: str | OneShotMethod = "magnitude",
+    algorithm: str | Algorithm | OneShotMethod = "magnitude",
+    densities: Densities | None = None,
     calibration: Iterable[Any] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    generator: torch.Generator | None = None,
     example_inputs: Any = None,
     include: Selection = None,
     exclude: Selection = None,
@@ -52,10 +58,15 @@ def sparsify(
         model: any module. Its code needs no change.
         pattern: which masks are allowed, see `patterns.parse`.
         density: share of weights that participate, where the pattern leaves it free (0.5 by default there).
-        algorithm: how masks are chosen and move: ``"magnitude"`` or ``"static"``; or for pretrained weights, from calibration
-            batches and for good: ``"wanda"`` or ``"sparsegpt"``, which also changes the weights that stay (or an object of
-            `sparsefx.one_shot`, with options).
-        calibration: batches for ``"wanda"`` and ``"sparsegpt"``: tensors, tuples of arguments or dicts of keyword arguments.
+        algorithm: how masks are chosen and move: a name (see `sparsefx.algorithms`), or an Algorithm with options of your own; or
+            for pretrained weights, from calibration batches and for good: ``"wanda"`` or ``"sparsegpt"``, which also changes
+            the weights that stay (or an object of `sparsefx.one_shot`).
+        densities: how ``density`` is divided among layers: ``"uniform"``, ``"erk"``, ``"global"``, or a dict of layer names or
+            globs to densities; see `sparsefx.densities.layer_densities`. None means the algorithm's own, mostly uniform.
+        calibration: batches that algorithms look at which score weights by data (``"snip"``, ``"grasp"``,
+            ``"wanda"``, ``"sparsegpt"``).
+        loss_fn: for these, ``loss_fn(model, batch)`` is the loss of one batch, a tensor without dimensions.
+        generator: a CPU generator for masks that begin at random; None stands for a new one with seed 0.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments or a pair of both. With them,
             weights used outside layer modules and the heads of language models are recognised, and FLOPs counted.
         include: names, globs, module types or predicates ``(name, module) -> bool`` of the layers to consider.
@@ -67,7 +78,7 @@ def sparsify(
 
     Raises:
         StateError: the model is sparsified already.
-        PatternError, OptionError: unknown pattern or algorithm, or a density that does not fit.
+        PatternError, OptionError: unknown pattern or algorithm, or densities or an algorithm that do not fit the pattern.
         EligibilityError: no layer is eligible, or ``include``/``exclude`` match nothing.
         CaptureError: the model does not run on the example inputs.
         NonFiniteError: a weight holds NaN or infinity.
@@ -79,10 +90,8 @@ def sparsify(
         )
     chosen = _pattern(pattern, "sparsify")
     resolved = chosen.resolve_density(density)
-    calibrated = one_shot.find(algorithm)
-    if calibrated is None:
-        one_shot.expect_no_calibration(calibration, algorithm)
-    method = algorithms.find("static" if isinstance(algorithm, OneShotMethod) or calibrated is not None else algorithm)
+    method = method_of(algorithm, chosen, calibration=calibration, densities=densities)
+    moves = method.algorithm
     analysis = analyze(
         model,
         example_inputs=example_inputs,
@@ -97,29 +106,37 @@ def sparsify(
         raise EligibilityError(_nothing_eligible(analysis))
     for row in rows:
         _expect_finite(row.name, model.get_parameter(row.parameter).detach())
-    solution = None
-    if calibrated is not None:
-        names = [row.parameter for row in rows]
-        solution = one_shot.solve(model, names, pattern=chosen, density=resolved, method=calibrated, calibration=calibration)
     # Tensors made in inference mode could never be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
+        first = first_masks(
+            model,
+            rows,
+            method=method,
+            pattern=chosen,
+            density=resolved,
+            densities=densities,
+            calibration=calibration,
+            loss_fn=loss_fn,
+            generator=generator,
+            example_inputs=example_inputs,
+        )
         weights = [model.get_parameter(row.parameter).detach() for row in rows]
-        masks_ = _first_masks(chosen, resolved, rows, weights) if solution is None else solution.masks
         records = [
             SparseParameter(
                 pattern=chosen,
-                density=resolved,
+                density=moves.first_density(share),
+                target=None if moves.first_density(share) == share else share,
                 reduction_axis=row.reduction_axis,
                 mask=torch.empty_like(weight, dtype=torch.bool).copy_(mask),
                 dormant=weight.masked_fill(mask, 0),
-                algorithm=method.name,
+                algorithm=moves,
             )
-            for row, weight, mask in zip(rows, weights, masks_, strict=True)
+            for row, weight, mask, share in zip(rows, weights, first.masks, first.densities, strict=True)
         ]
         remembered = ModelRecord(
             pattern=chosen.name,
             density=resolved,
-            algorithm=method.name if calibrated is None else calibrated.name,
+            algorithm=method.name,
             layers=analysis.layers,
             unseen=analysis.unseen,
             inputs=None if example_inputs is None else without_values(example_inputs),
@@ -135,11 +152,10 @@ def sparsify(
             for weight, record in zip(weights, records, strict=True):
                 assert record.dormant is not None
                 torch.where(record.mask, weight, record.dormant, out=weight)
-            if solution is not None:
-                solution.undo()
+            first.undo()
             _forget(model)
             raise
-        if not method.keeps_dormant:
+        if not moves.keeps_dormant:
             for record in records:
                 record.dormant = None
     return model
@@ -156,9 +172,12 @@ def attach(
     reset_every: int | None = None,
     fix_after: float | None = None,
     decay: float | None = None,
+    steps_per_epoch: int | None = None,
+    generator: torch.Generator | None = None,
     density_schedule: DensitySchedule | None = None,
     check_every: int | None = None,
     replace: bool = False,
+    **options: Any,
 ) -> MaskRuntime:
     """Let the masks of a sparsified model follow ``optimizer.step()``; the training loop stays as it is.
 
@@ -166,15 +185,19 @@ def attach(
         model: what `sparsify` returned, or a module that contains it (DDP, a compiled module).
         optimizer: one optimizer or several; each masked parameter is followed by the one that holds it.
         total_steps: optimizer steps of the whole run; the defaults of other options depend on it.
-        rewire_every: r, steps from one choice of masks to the next (magnitude: 1).
+        rewire_every: r, steps from one choice of masks to the next (magnitude: 1, rigl: 100).
         scale: s, factor on gradients of weights that do not participate (magnitude: 1).
         exploit: ``"reset"`` (magnitude's default), ``"fix"``, ``"regularize"`` or ``"none"``.
         reset_every: z, with ``"reset"`` (1000, in short runs a tenth of ``total_steps``).
-        fix_after: v, with ``"fix"`` (0.5).
+        fix_after: v, with ``"fix"`` (0.5); of methods that drop and grow, the share of the run after which masks stay.
         decay: beta, with ``"regularize"`` (2e-4).
+        steps_per_epoch: for methods that change masks once an epoch (``len(loader)``).
+        generator: a CPU generator for methods that draw at random; None stands for a new one with seed 0. Its state is in the
+            runtime's state_dict. Replicas need the same seed.
         density_schedule: step -> density, for patterns whose density is free; see `sparsefx.schedules`.
         check_every: steps between two looks at the device's NaN flag (100; on CPU each step looks, at no cost).
         replace: take over parameters that another runtime follows.
+        options: any other option of the algorithm, such as ``drop_fraction`` or ``growth``: the fields of its class.
 
     Returns:
         The runtime. Its ``report()`` has the values in force; its state_dict belongs into checkpoints.
@@ -185,22 +208,28 @@ def attach(
         OptionError: an option out of range, or without effect.
     """
     _expect_module(model, "attach")
-    names = sorted({record.algorithm for _, _, record in sparse_parameters(model)})
-    if not names:
+    found: list[Algorithm] = []
+    for _, _, record in sparse_parameters(model):
+        if record.algorithm is not None and record.algorithm not in found:
+            found.append(record.algorithm)
+    if not found:
         raise StateError("attach was given a model that is not sparsified; call sparsefx.sparsify(model) first")
-    if len(names) > 1:
-        raise StateError(f"the parts of this model were sparsified with {', '.join(names)}; attach to each part on its own")
-    method = algorithms.find(names[0])
-    settings = method.settings(
-        total_steps,
-        rewire_every=rewire_every,
-        scale=scale,
-        exploit=exploit,
-        reset_every=reset_every,
-        fix_after=fix_after,
-        decay=decay,
-        check_every=check_every,
-    )
+    if len(found) > 1:
+        names = ", ".join(sorted(method.name for method in found))
+        raise StateError(f"the parts of this model were sparsified with {names}; attach to each part on its own")
+    named = {
+        "rewire_every": rewire_every,
+        "scale": scale,
+        "exploit": exploit,
+        "reset_every": reset_every,
+        "fix_after": fix_after,
+        "decay": decay,
+    }
+    method = found[0].with_options({**{name: value for name, value in named.items() if value is not None}, **options})
+    expect_steps("total_steps", total_steps)
+    expect_steps("check_every", 100 if check_every is None else check_every)
+    if steps_per_epoch is not None:
+        expect_steps("steps_per_epoch", steps_per_epoch)
     if density_schedule is not None:
         _check_schedule(model, density_schedule, method, total_steps)
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
@@ -209,10 +238,12 @@ def attach(
     return MaskRuntime(
         model,
         optimizers,
-        settings,
-        algorithm=method.name,
-        moves=method.moves,
+        method,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        generator=generator,
         density_schedule=density_schedule,
+        check_every=100 if check_every is None else check_every,
         replace=replace,
     )
 
@@ -382,14 +413,6 @@ def _expect_finite(name: str, weight: Tensor) -> None:
         )
 
 
-def _first_masks(pattern: Pattern, density: float, rows: Sequence[LayerReport], weights: Sequence[Tensor]) -> list[Tensor]:
-    for row, weight in zip(rows, weights, strict=True):
-        _expect_finite(row.name, weight)
-    if isinstance(pattern, GlobalUnstructured):
-        return pattern.masks(weights, density)
-    return [pattern.mask(w, density, reduction_axis=row.reduction_axis) for row, w in zip(rows, weights, strict=True)]
-
-
 def _nothing_eligible(analysis: Analysis) -> str:
     reasons: dict[str, list[str]] = {}
     for layer in analysis.layers:
@@ -404,8 +427,14 @@ def _nothing_eligible(analysis: Analysis) -> str:
 def _check_schedule(model: nn.Module, schedule: DensitySchedule, method: algorithms.Algorithm, total_steps: int) -> None:
     if not callable(schedule):
         raise OptionError(f"density_schedule={schedule!r} was given; expected a function of the step, see sparsefx.schedules")
-    if not method.moves:
-        raise OptionError(f"density_schedule was given, but the masks of algorithm {method.name!r} never move")
+    if not method.follows_schedule:
+        never = "never move" if not method.moves else "move by a rule of their own"
+        raise OptionError(f"density_schedule was given, but the masks of algorithm {method.name!r} {never}")
+    if len({record.density for _, _, record in sparse_parameters(model)}) > 1:
+        raise OptionError(
+            "density_schedule was given, which is one density for all layers, but they were given densities of their own; "
+            "leave one of the two out"
+        )
     for name, _, record in sparse_parameters(model):
         if record.pattern.fixed_density is not None:
             raise OptionError(

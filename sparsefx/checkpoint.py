@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefx.loaded_densities import keep_whole
 from sparsefx.patterns import GlobalUnstructured
 from sparsefx.sparse_parameter import SparseParameter, records_of, sparse_parameters
 
@@ -51,8 +52,10 @@ def adopt(record: SparseParameter, parameter: nn.Parameter) -> None:
         if bool(torch.isfinite(weight).all()):
             record.mask.copy_(_mask_for(record, weight))
             record.threshold = None
+        left_out = weight.masked_fill(record.mask, 0)
         if record.dormant is not None:
-            record.dormant.copy_(weight.masked_fill(record.mask, 0))
+            record.dormant.copy_(left_out)
+        record.left_out = left_out if bool((left_out != 0).any()) else None
     weight.masked_fill_(~record.mask, 0)
 
 
@@ -91,6 +94,10 @@ def _after_loading_all(model: nn.Module, incompatible_keys: Any) -> None:
     """What one layer alone could not tell: another name of a tied parameter was loaded last, or one threshold over all."""
     for _, parameter, record in sparse_parameters(model):
         adopt(record, parameter)
+    records = [(parameter.detach(), record) for _, parameter, record in sparse_parameters(model)]
+    keep_whole(records)
+    for _, record in records:
+        record.left_out = None
     found = [(p.detach(), record) for _, p, record in sparse_parameters(model) if isinstance(record.pattern, GlobalUnstructured)]
     if not found or any(weight.is_meta or not bool(torch.isfinite(weight).all()) for weight, _ in found):
         return

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsefx.algorithms import Settings
+from sparsefx.algorithms.base import Algorithm, Split
+from sparsefx.algorithms.layer import Layer, Run
 from sparsefx.checkpoint import adopt
 from sparsefx.errors import NonFiniteError
 from sparsefx.follow import (
@@ -42,11 +42,14 @@ _TORCH_OPTIMIZER_FILE = inspect.getfile(Optimizer)
 class _OptimizerHooks:
     """The step hooks on one optimizer, and the steps it has made."""
 
-    def __init__(self, optimizer: Optimizer, followed: list[Followed], runtime: MaskRuntime) -> None:
-        self.optimizer = optimizer
+    def __init__(self, run: Run, followed: list[Followed], runtime: MaskRuntime) -> None:
+        self.run = run
+        self.optimizer = optimizer = run.optimizer
         self.followed = followed
         self.step = 0
         self._runtime = runtime
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._replaces = False
         self._densities: list[float] | None = None
         self._held = _count(optimizer)
         self._non_finite: Tensor | None = None
@@ -88,16 +91,34 @@ class _OptimizerHooks:
             record.merged = False
         return flag
 
-    def _scale_gradients(self) -> None:
-        scale = self._runtime.settings.scale
-        if scale == 1.0:
+    def _prepare_gradients(self) -> None:
+        """What the algorithm makes of the gradients, or none at all where a change of masks takes the step's place."""
+        algorithm = self._runtime.algorithm
+        if self._replaces:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._hidden.append((parameter, parameter.grad))
+                        parameter.grad = None
             return
-        for entry in self.followed:
-            gradient, mask = entry.parameter().grad, entry.record.mask
+        if not algorithm.edits_gradients:
+            return
+        for entry, layer in zip(self.followed, self.run.layers, strict=True):
+            gradient = layer.parameter.grad
             if gradient is None or entry.scaled == (id(gradient), gradient._version):
                 continue
-            gradient.copy_(torch.where(mask, gradient, 0 if scale == 0.0 else gradient * scale))
+            algorithm.edit_gradient(self.run, layer)
             entry.scaled = (id(gradient), gradient._version)
+
+    def _give_back_gradients(self) -> None:
+        for parameter, gradient in self._hidden:
+            if parameter.grad is None:
+                parameter.grad = gradient
+        self._hidden.clear()
+
+    def look_at_layers(self) -> None:
+        """Bring the run's layers to what the model holds now."""
+        self.run.layers = [Layer(entry.name, entry.parameter(), entry.record, self.run) for entry in self.followed]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -112,20 +133,25 @@ class _OptimizerHooks:
         if schedule is not None:
             self._densities = [entry.record.pattern.resolve_density(schedule(self.step + 1)) for entry in self.followed]
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
+        self._give_back_gradients()
+        self.look_at_layers()
+        self.run.step = self.step + 1
+        self._replaces = self._runtime.algorithm.replaces_step(self.run)
         self._merge()
         if not callable(closure):
-            self._scale_gradients()
+            self._prepare_gradients()
             return None
 
         def sparse_closure() -> Any:
             """The user's closure evaluates the model, so it must see the sparse weights, whatever the optimizer did."""
             with torch.no_grad():
                 self._split()
+            self._give_back_gradients()
             with torch.enable_grad():
                 loss = closure()
             with torch.no_grad():
                 self._merge()
-                self._scale_gradients()
+                self._prepare_gradients()
             return loss
 
         if "closure" in kwargs:
@@ -137,22 +163,26 @@ class _OptimizerHooks:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _inside_its_own_step(optimizer):
             return
+        self._give_back_gradients()
         if _step_was_skipped(optimizer):
             self._split()
             return
         self.step += 1
-        settings = self._runtime.settings
-        rewire = self._runtime.moves and settings.rewires(self.step)
-        flag = self._split(dormant_scale=settings.dormant_scale(self.step), rewire=rewire, densities=self._densities)
-        if self._densities is not None and rewire:
+        algorithm = self._runtime.algorithm
+        choice = Split() if self._replaces else algorithm.after_step(self.run)
+        scheduled = self._densities is not None and choice.rewire
+        densities = self._densities if scheduled else choice.densities
+        flag = self._split(dormant_scale=choice.dormant_scale, rewire=choice.rewire, densities=densities)
+        if scheduled and self._densities is not None:
             for entry, density in zip(self.followed, self._densities, strict=True):
                 entry.record.density = density
         self._look_for_non_finite(flag)
+        algorithm.move(self.run)
 
     def _look_for_non_finite(self, flag: Tensor | bool) -> None:
         if isinstance(flag, Tensor) and flag.device.type != "cpu":
             self._non_finite = flag if self._non_finite is None else self._non_finite | flag
-            if self.step % self._runtime.settings.check_every:
+            if self.step % self._runtime.check_every:
                 return
             flag, self._non_finite = self._non_finite, None
         if not bool(flag):
@@ -176,32 +206,39 @@ class MaskRuntime:
         self,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
-        settings: Settings,
+        algorithm: Algorithm,
         *,
-        algorithm: str,
-        moves: bool,
+        total_steps: int,
+        steps_per_epoch: int | None = None,
+        generator: torch.Generator | None = None,
         density_schedule: DensitySchedule | None = None,
+        check_every: int = 100,
         replace: bool = False,
     ) -> None:
-        self.settings = settings
         self.algorithm = algorithm
-        self.moves = moves
         self.density_schedule = density_schedule
+        self.check_every = check_every
         self._model = model
+        self._generator = torch.Generator().manual_seed(0) if generator is None else generator
         owners = owners_of(model)
         self._names = tuple(owners)
         plan = plan_of(optimizers, owners)
         refuse_split_threshold(owners, plan)
+        self._hooks: list[_OptimizerHooks] = []
+        runs = [Run(optimizer, total_steps, steps_per_epoch, self._generator) for optimizer in optimizers]
+        for run, names in zip(runs, plan, strict=True):
+            run.layers = [Layer(name, owners[name].parameter(), owners[name].record, run) for name in names]
+            algorithm.check(run)
         refuse_double_following(owners, plan, replace)
         broadcast_masks(model)
         for entry in owners.values():
             adopt(entry.record, entry.parameter())
-        self._hooks: list[_OptimizerHooks] = []
-        for optimizer, names in zip(optimizers, plan, strict=True):
-            self._hooks.append(_OptimizerHooks(optimizer, [owners[name] for name in names], self))
-            self._claim(self._hooks[-1].followed)
+            entry.record.left_out = None
+        for run, names in zip(runs, plan, strict=True):
+            self._hooks.append(_OptimizerHooks(run, [owners[name] for name in names], self))
+            self._claim(self._hooks[-1], self._hooks[-1].followed)
 
-    def _claim(self, entries: Iterable[Followed]) -> None:
+    def _claim(self, hooks: _OptimizerHooks, entries: Iterable[Followed]) -> None:
         for _, model_record in model_records(self._model):
             model_record.attached = True
         for entry in entries:
@@ -209,13 +246,16 @@ class MaskRuntime:
             if entry.record.warning is not None:
                 entry.record.warning.remove()
                 entry.record.warning = None
+            entry.record.state.clear()
+            with torch.no_grad():
+                self.algorithm.begin(hooks.run, Layer(entry.name, entry.parameter(), entry.record, hooks.run))
 
     def follow_new(self, hooks: _OptimizerHooks) -> None:
         """Follow masked parameters that ``optimizer.add_param_group`` brought since (called by the hooks)."""
         free = {name: entry for name, entry in owners_of(self._model).items() if runtime_of(entry) is None}
         new = [free[name] for name in plan_of([hooks.optimizer], free, required=False)[0]]
         hooks.followed.extend(new)
-        self._claim(new)
+        self._claim(hooks, new)
 
     @property
     def unfollowed(self) -> tuple[str, ...]:
@@ -242,8 +282,9 @@ class MaskRuntime:
     def report(self) -> dict[str, Any]:
         """The values in force, the steps made, and which masked parameters no optimizer updates."""
         return {
-            "algorithm": self.algorithm,
-            **asdict(self.settings),
+            "algorithm": self.algorithm.name,
+            **self.algorithm.in_force(self._hooks[0].run),
+            "check_every": self.check_every,
             "density_schedule": self.density_schedule is not None,
             "step": self.step,
             "optimizers": [type(hooks.optimizer).__name__ for hooks in self._hooks],
@@ -252,7 +293,8 @@ class MaskRuntime:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, dormant values and step counts, as copies. Tensors and plain values only (``weights_only`` loads it)."""
+        """Masks, dormant values, step counts and the random generator, as copies. Tensors and plain values only
+        (``weights_only`` loads it)."""
         parameters: dict[str, dict[str, Any]] = {}
         for hooks in self._hooks:
             for entry in hooks.followed:
@@ -262,12 +304,15 @@ class MaskRuntime:
                     "density": record.density,
                     "mask": record.mask.clone(),
                     "dormant": None if record.dormant is None else record.dormant.clone(),
+                    "state": {key: value.clone() for key, value in record.state.items()},
                 }
         return {
             "version": STATE_VERSION,
-            "algorithm": self.algorithm,
-            "settings": asdict(self.settings),
+            "algorithm": self.algorithm.name,
+            "settings": self.algorithm.in_force(self._hooks[0].run),
             "steps": [hooks.step for hooks in self._hooks],
+            "values": [dict(hooks.run.values) for hooks in self._hooks],
+            "generator": self._generator.get_state(),
             "parameters": parameters,
         }
 
@@ -279,7 +324,7 @@ class MaskRuntime:
             StateError: the state is of another version, algorithm, set of parameters, pattern or shape.
         """
         entries = {entry.name: entry for hooks in self._hooks for entry in hooks.followed}
-        check_state(state, {name: entry.record for name, entry in entries.items()}, self.algorithm, len(self._hooks))
+        check_state(state, {name: entry.record for name, entry in entries.items()}, self.algorithm.name, len(self._hooks))
         for name, saved in state["parameters"].items():
             entry = entries[name]
             parameter = entry.parameter().detach()
@@ -293,9 +338,13 @@ class MaskRuntime:
             entry.record.threshold = None
             if entry.record.dormant is not None:
                 entry.record.dormant.copy_(saved["dormant"])
+            for key, value in saved["state"].items():
+                entry.record.state[key].copy_(value)
             parameter.masked_fill_(~entry.record.mask, 0)
-        for hooks, step in zip(self._hooks, state["steps"], strict=True):
+        for hooks, step, values in zip(self._hooks, state["steps"], state["values"], strict=True):
             hooks.step = step
+            hooks.run.values = dict(values)
+        self._generator.set_state(state["generator"])
 
 
 def _step_was_skipped(optimizer: Optimizer) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor
 from sparsefx.errors import StateError
 from sparsefx.sparse_parameter import SparseParameter
 
-STATE_VERSION = 1
-_SAVED = {"pattern", "density", "mask", "dormant"}
+STATE_VERSION = 2
+_SAVED = {"pattern", "density", "mask", "dormant", "state"}
 
 
 def check_state(state: dict[str, Any], records: Mapping[str, SparseParameter], algorithm: str, optimizers: int) -> None:
@@ -46,16 +46,30 @@ def check_state(state: dict[str, Any], records: Mapping[str, SparseParameter], a
             raise refuse(f"other dormant values for {name}", "those of this algorithm", "sparsify with the same algorithm")
         if dormant is not None and (not isinstance(dormant, Tensor) or tuple(dormant.shape) != shape):
             raise refuse(f"other dormant values for {name}", f"{shape}", "use the same model")
+        kept = {key: (value.shape, value.dtype) for key, value in record.state.items()}
+        given = {key: (value.shape, value.dtype) for key, value in saved["state"].items() if isinstance(value, Tensor)}
+        if given != kept or len(given) != len(saved["state"]):
+            raise refuse(f"other values of the algorithm for {name}", "its own", "sparsify with the same algorithm and options")
         if not _fits(mask, record, saved["density"]):
             raise refuse(f"a mask for {name} that is not {record.pattern.name}", "one that is", "load an undamaged state")
 
 
 def _is_whole(state: dict[str, Any]) -> bool:
-    parameters, steps = state.get("parameters"), state.get("steps")
+    parameters, steps, values, generator = (state.get(key) for key in ("parameters", "steps", "values", "generator"))
     if not isinstance(parameters, dict) or not isinstance(steps, list) or "algorithm" not in state:
         return False
+    if not isinstance(values, list) or len(values) != len(steps) or not all(isinstance(value, dict) for value in values):
+        return False
+    if (
+        not isinstance(generator, Tensor)
+        or generator.dtype != torch.uint8
+        or generator.shape != torch.Generator().get_state().shape
+    ):
+        return False
     whole = all(isinstance(saved, dict) and saved.keys() >= _SAVED for saved in parameters.values())
-    return whole and all(isinstance(step, int) and step >= 0 for step in steps)
+    if not whole or not all(isinstance(saved["state"], dict) for saved in parameters.values()):
+        return False
+    return all(isinstance(step, int) and step >= 0 for step in steps)
 
 
 def _fits(mask: Tensor, record: SparseParameter, density: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from sparsefx.errors import OptionError
@@ -32,3 +33,27 @@ def cubic(start: float, end: float, *, first_step: int, last_step: int) -> Densi
         return end + (start - end) * left**3
 
     return density
+
+
+def cosine(start: float, end: float, *, first_step: int = 0, last_step: int) -> DensitySchedule:
+    """From ``start`` at ``first_step`` to ``end`` at ``last_step`` along half a cosine: slow at first, and slow at the end.
+
+    Raises:
+        OptionError: a value outside [0, 1], or an empty range of steps.
+    """
+    progress = _progress(start, end, first_step, last_step)
+    return lambda step: end + (start - end) * (1 + math.cos(math.pi * progress(step))) / 2
+
+
+def linear(start: float, end: float, *, first_step: int = 0, last_step: int) -> DensitySchedule:
+    """From ``start`` at ``first_step`` to ``end`` at ``last_step`` along a line. Raises OptionError as `cosine` does."""
+    progress = _progress(start, end, first_step, last_step)
+    return lambda step: end + (start - end) * (1 - progress(step))
+
+
+def _progress(start: float, end: float, first_step: int, last_step: int) -> Callable[[int], float]:
+    if not (0 <= start <= 1 and 0 <= end <= 1):
+        raise OptionError(f"values {start!r} to {end!r} were given; expected numbers from 0 to 1")
+    if last_step <= first_step:
+        raise OptionError(f"steps {first_step} to {last_step} were given; expected first_step < last_step")
+    return lambda step: min(max((step - first_step) / (last_step - first_step), 0.0), 1.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsefx.errors import StateError
 from sparsefx.patterns.base import Pattern
+
+if TYPE_CHECKING:  # algorithms work on these records, so they are imported after this file
+    from sparsefx.algorithms.base import Algorithm
 
 _KEY = "_sparsefx_parameters"
 
@@ -29,16 +32,19 @@ class SparseParameter:
 
     Attributes:
         pattern: what masks are allowed.
-        density: share of weights that participate, as asked for.
+        density: share of weights that participate.
+        target: the density asked for, where an algorithm has yet to reach it.
         reduction_axis: 0 or 1; 2 for a stack of matrices.
         mask: bool, the parameter's shape, True where a weight participates. Moved in place while training.
         dormant: the values n of the weights that do not participate, zero elsewhere, in the parameter's shape and
             dtype; None where the algorithm keeps none.
-        algorithm: name of the algorithm that it was sparsified with.
+        algorithm: that it was sparsified with; None where a mask was put there by hand.
+        state: tensors that the algorithm keeps beside the weight.
         threshold: the last magnitude threshold, a hint for the next search that never changes its result.
         merged: True while the parameter holds dense weights, inside an optimizer step.
         runtime: the MaskRuntime that moves this mask, if one does; not copied and not pickled.
         warning: the hook that warns of training without a runtime; not copied and not pickled.
+        left_out: values of the last loaded state_dict that the mask has no room for, until the whole model is loaded.
         loading: the tensor that is about to be loaded into the parameter, while a state_dict is.
     """
 
@@ -47,15 +53,18 @@ class SparseParameter:
     reduction_axis: int
     mask: Tensor
     dormant: Tensor | None = None
-    algorithm: str = "magnitude"
+    algorithm: Algorithm | None = None
     threshold: float | None = None
     merged: bool = False
+    state: dict[str, Tensor] = field(default_factory=dict)
+    target: float | None = None
     runtime: weakref.ReferenceType[Any] | None = field(default=None, repr=False)
     warning: RemovableHandle | None = field(default=None, repr=False)
     loading: Tensor | None = field(default=None, repr=False)
+    left_out: Tensor | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "runtime": None, "warning": None, "loading": None}
+        return {**self.__dict__, "runtime": None, "warning": None, "loading": None, "left_out": None}
 
     def follow(self, weight: Tensor) -> None:
         """Bring mask and dormant values to the weight's device, dtype and memory layout, where the user moved it."""
@@ -64,6 +73,9 @@ class SparseParameter:
             self.mask = _moved(self.mask, torch.empty_like(weight, dtype=torch.bool))
         if self.dormant is not None and (not _alongside(self.dormant, weight) or self.dormant.dtype != weight.dtype):
             self.dormant = torch.empty_like(weight, requires_grad=False).copy_(self.dormant)
+        for name, value in self.state.items():
+            if value.device != weight.device:
+                self.state[name] = value.to(weight.device)
 
     @torch.no_grad()
     def settle(self, weight: Tensor) -> None:

@@ -13,10 +13,20 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "report", "html", "schedules", "data", "inputs"),
     ("patterns",),
-    ("algorithms", "ops", "sparse_parameter", "model_record", "checkpoint", "layers", "permutation"),
-    ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot"),
+    (
+        "algorithms",
+        "ops",
+        "sparse_parameter",
+        "model_record",
+        "checkpoint",
+        "layers",
+        "permutation",
+        "densities",
+        "loaded_densities",
+    ),
+    ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot", "first_masks"),
     ("passes",),
-    ("api", "onnx_audit"),
+    ("api", "onnx_audit", "lottery"),
     ("", "cli", "integrations", "demo"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

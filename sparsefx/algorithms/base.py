@@ -1,136 +1,162 @@
-"""What an algorithm decides: whether masks move, what becomes of dormant values, and its defaults."""
+"""What an algorithm decides, and when it is asked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, TypeVar, final
 
+from torch import Tensor
+
+from sparsefx.algorithms.layer import Layer, Run, random_scores
+from sparsefx.algorithms.start import Start
 from sparsefx.errors import OptionError
+from sparsefx.patterns.base import Pattern
 
-Exploit = Literal["reset", "fix", "regularize", "none"]
+Method = TypeVar("Method", bound="Algorithm")
+First = Literal["magnitude", "random"]
+
+
+class Split(NamedTuple):
+    """How weights are split after an optimizer step.
+
+    Attributes:
+        rewire: whether each mask becomes the best one for ``|weight|``.
+        dormant_scale: factor on the weights outside the mask that was used, before that.
+        densities: one a layer, in place of its own.
+    """
+
+    rewire: bool = False
+    dormant_scale: float = 1.0
+    densities: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The values in force during one training run. Steps count from 1.
+class Algorithm(ABC):
+    """How masks begin and how they follow a training run. Its fields are its options.
 
-    Attributes:
-        total_steps: optimizer steps of the whole run.
-        rewire_every: r, steps from one choice of masks to the next.
-        scale: s, factor on the gradient of weights that do not participate.
-        exploit: what keeps dormant values from adding noise: ``reset``, ``fix``, ``regularize`` or ``none``.
-        reset_every: z, with ``reset``: dormant values become 0 at steps divisible by it.
-        fix_after: v, with ``fix``: share of the run after which masks stay and dormant values are 0.
-        decay: beta, with ``regularize``: dormant values lose this share at every step.
-        check_every: steps between two looks at the device's NaN flag (a look makes the host wait for the device).
+    An algorithm keeps no state of its own: what it has to remember stands beside each layer (`Layer.state`) and in the run
+    (`Run.values`), where checkpoints find it. At each optimizer step it is asked in this order:
+
+    1. ``replaces_step``: whether the optimizer is to leave every weight alone, since a change of masks takes the step's place;
+    2. ``edit_gradient`` of each layer, once a gradient, where ``edits_gradients``; weights hold all values w here;
+    3. ``after_step``, when the optimizer has updated all of w: how to split it into participating and dormant values;
+    4. ``move``, when weights hold participating values and zeros again: masks may change there too.
     """
 
-    total_steps: int
-    rewire_every: int
-    scale: float
-    exploit: Exploit
-    reset_every: int
-    fix_after: float
-    decay: float
-    check_every: int
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What ``sparsify(..., algorithm=)`` takes."""
 
-    def __post_init__(self) -> None:
-        for name in ("total_steps", "rewire_every", "reset_every", "check_every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise OptionError(f"{name}={value!r} was given; expected a whole number of steps, at least 1")
-        for name in ("scale", "fix_after", "decay"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-                raise OptionError(f"{name}={value!r} was given; expected a number from 0 to 1")
-        if self.exploit not in get_args(Exploit):
-            raise OptionError(f"exploit={self.exploit!r} was given; expected one of {', '.join(get_args(Exploit))}")
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """One line for people."""
 
-    def fixed(self, step: int) -> bool:
-        """Whether masks have stopped for good at this step."""
-        return self.exploit == "fix" and step >= self.fix_after * self.total_steps
+    @property
+    def moves(self) -> bool:
+        """Whether masks ever change after ``sparsify``."""
+        return True
 
-    def rewires(self, step: int) -> bool:
-        """Whether the masks are chosen anew after this step."""
-        return step % self.rewire_every == 0 and not self.fixed(step)
+    @property
+    def keeps_dormant(self) -> bool:
+        """Whether weights keep a value while they do not participate."""
+        return False
 
-    def dormant_scale(self, step: int) -> float:
-        """The factor on dormant values after this step (of the mask that was used in it)."""
-        if self.exploit == "reset":
-            return 0.0 if step % self.reset_every == 0 else 1.0
-        if self.exploit == "regularize":
-            return 1.0 - self.decay
-        return 0.0 if self.fixed(step) else 1.0
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether the optimizer keeps moments of weights that do not participate."""
+        return self.keeps_dormant
 
+    @property
+    def edits_gradients(self) -> bool:
+        """Whether `edit_gradient` has to be called at all."""
+        return True
 
-@dataclass(frozen=True)
-class Algorithm:
-    """How masks follow a training run.
+    @property
+    def follows_schedule(self) -> bool:
+        """Whether ``attach(..., density_schedule=)`` can change the density: masks are chosen by magnitude at a given density."""
+        return False
 
-    Attributes:
-        name: what ``sparsify(..., algorithm=)`` takes.
-        summary: one line for people.
-        moves: whether masks ever change after ``sparsify``.
-        keeps_dormant: whether weights keep a value while they do not participate.
-    """
+    def refusal(self, pattern: Pattern) -> str | None:
+        """Why masks of this pattern cannot move in this way, or None where they can."""
+        return None
 
-    name: str
-    summary: str
-    moves: bool
-    keeps_dormant: bool
+    def default_densities(self, pattern: Pattern) -> str:
+        """The ``densities`` of `sparsefx.sparsify` that are taken where the user gives none."""
+        return "uniform"
 
-    def settings(
-        self,
-        total_steps: int,
-        *,
-        rewire_every: int | None = None,
-        scale: float | None = None,
-        exploit: Exploit | None = None,
-        reset_every: int | None = None,
-        fix_after: float | None = None,
-        decay: float | None = None,
-        check_every: int | None = None,
-    ) -> Settings:
-        """The settings for a run of ``total_steps``; None stands for the algorithm's own default.
+    def first_scores(self, start: Start) -> list[Tensor]:
+        """One tensor of scores a weight, in its shape: the first masks keep those of the largest magnitude."""
+        return list(start.weights)
 
-        Raises:
-            OptionError: a value out of range, or an option that has no effect with this algorithm or ``exploit``.
-        """
-        if not self.moves:
-            given = {
-                "rewire_every": rewire_every,
-                "scale": scale,
-                "exploit": exploit,
-                "reset_every": reset_every,
-                "fix_after": fix_after,
-                "decay": decay,
-            }
-            wrong = [name for name, value in given.items() if value is not None]
-            if wrong:
+    @property
+    def start_options(self) -> tuple[str, ...]:
+        """Options that act when `sparsefx.sparsify` is called, and no later."""
+        return ("first",)
+
+    def first_density(self, density: float) -> float:
+        """The density that masks begin with, for a layer whose density is to be ``density``."""
+        return density
+
+    def check(self, run: Run) -> None:  # noqa: B027 (most have nothing to refuse)
+        """Raise OptionError or OptimizerError where the run cannot be trained in this way. Called by ``attach``."""
+
+    def in_force(self, run: Run) -> dict[str, Any]:
+        """The options as plain values, defaults resolved: for people and for checkpoints."""
+        return {"total_steps": run.total_steps, **{name: plain(value) for name, value in asdict(self).items()}}
+
+    def begin(self, run: Run, layer: Layer) -> None:  # noqa: B027 (most keep nothing)
+        """Called once a layer, before its first step: make ready what stands in ``layer.state``."""
+
+    def replaces_step(self, run: Run) -> bool:
+        """Whether ``run.step`` changes masks in place of weights."""
+        return False
+
+    def edit_gradient(self, run: Run, layer: Layer) -> None:
+        """Change ``layer.gradient`` in place; it is dense, and this is called once for each gradient."""
+        layer.scale_gradient(0.0)
+
+    def after_step(self, run: Run) -> Split:
+        """How to split all of w; weights and masks may be changed before that."""
+        return Split()
+
+    def move(self, run: Run) -> None:  # noqa: B027 (many choose masks in after_step)
+        """Change masks when weights are sparse again; `Layer.set_mask` keeps weights and optimizer state in step."""
+
+    @final
+    def with_options(self: Method, options: dict[str, Any]) -> Method:
+        """This algorithm with other options. Raises OptionError for a name that it does not have, or a value out of range."""
+        known = [field.name for field in fields(self) if field.name not in self.start_options]
+        for name in options:
+            if name in self.start_options:
                 raise OptionError(
-                    f"{', '.join(wrong)} was given, but the masks of algorithm {self.name!r} never move; "
-                    "leave it out, or sparsify with algorithm='magnitude'"
+                    f"{name}={options[name]!r} was given to attach, but acts in sparsify; "
+                    f"call sparsify(..., algorithm={type(self).__name__}({name}=...))"
                 )
-        chosen: Exploit = exploit if exploit is not None else ("reset" if self.moves else "none")
-        needs = {"reset_every": "reset", "fix_after": "fix", "decay": "regularize"}
-        for name, value in (("reset_every", reset_every), ("fix_after", fix_after), ("decay", decay)):
-            if value is not None and chosen != needs[name]:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                meant = f"did you mean {close[0]!r}? " if close else ""
+                has = f"it has {', '.join(known)}" if known else "it has none"
+                never = "" if self.moves else ", whose masks never move"
                 raise OptionError(
-                    f"{name}={value!r} was given with exploit={chosen!r}; it only acts with exploit={needs[name]!r}"
+                    f"{name}={options[name]!r} was given, but algorithm {self.name!r}{never} has no such option; {meant}{has}"
                 )
-        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
-            raise OptionError(f"total_steps={total_steps!r} was given; expected a whole number of steps, at least 1")
-        return Settings(
-            total_steps=total_steps,
-            rewire_every=1 if rewire_every is None else rewire_every,
-            scale=(1.0 if self.moves else 0.0) if scale is None else scale,
-            exploit=chosen,
-            # The paper's z is about 1000; a run of fewer than 10 000 steps would be reset too seldom to matter.
-            reset_every=max(1, min(1000, total_steps // 10)) if reset_every is None else reset_every,
-            fix_after=0.5 if fix_after is None else fix_after,
-            decay=2e-4 if decay is None else decay,
-            check_every=100 if check_every is None else check_every,
-        )
+        return replace(self, **options)
 
 
-SETTING_NAMES = tuple(field.name for field in fields(Settings))
+def first_scores_of(first: First, start: Start) -> list[Tensor]:
+    """The scores of first masks that are chosen by magnitude or at random."""
+    if first == "magnitude":
+        return list(start.weights)
+    return [random_scores(weight, start.generator) for weight in start.weights]
+
+
+def plain(value: Any) -> Any:
+    """An option as a number, a text, or a name: what a checkpoint may hold."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__name__", repr(value))

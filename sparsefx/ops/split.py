@@ -119,6 +119,18 @@ def rewire_masks(
     batch.run(threads)
 
 
+@torch.no_grad()
+def keep_masked(tensor: Tensor, record: SparseParameter) -> None:
+    """Make +0.0 of everything in ``tensor`` (of the weight's shape, such as its gradient) that the record's mask leaves out."""
+    bare = SparseParameter(record.pattern, record.density, record.reduction_axis, record.mask)
+    if native.available() and native.supports(tensor, bare):
+        batch = native.Batch()
+        batch.split(tensor, bare, native.KEEP, write=True, scale=1.0)
+        batch.run()
+    else:
+        tensor.masked_fill_(~record.mask, 0)
+
+
 def _gather(
     batch: native.Batch,
     weights: Sequence[Tensor],

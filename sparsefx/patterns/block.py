@@ -50,14 +50,26 @@ class Block(Pattern):
             or divisibility_refusal(shape, reduction_axis, reduction_axis, self.columns)
         )
 
-    def _mask(self, scores: Tensor, density: float, reduction_axis: int) -> Tensor:
-        sides = (self.rows, self.columns) if reduction_axis == 1 else (self.columns, self.rows)
-        blocks = scores.unflatten(1, (-1, sides[1])).unflatten(0, (-1, sides[0]))
-        # blocks: [axis 0 / side, side, axis 1 / side, side, ...]; chosen keeps both sides as axes of size 1.
-        chosen = largest(self._norm(blocks), participating(density, scores.numel() // (self.rows * self.columns)))
-        mask = torch.empty_like(scores, dtype=torch.bool)
-        mask.unflatten(1, (-1, sides[1])).unflatten(0, (-1, sides[0])).copy_(chosen.expand(blocks.shape))
+    def unit_scores(self, scores: Tensor, reduction_axis: int) -> Tensor:
+        """One score a block: ``[axis 0 / side, 1, axis 1 / side, 1, ...]`` for non-negative scores."""
+        return self._norm(self._blocks(scores, reduction_axis))
+
+    def spread(self, chosen: Tensor, like: Tensor, reduction_axis: int) -> Tensor:
+        """The bool mask in ``like``'s shape of chosen blocks, in the shape that `unit_scores` gives."""
+        mask = torch.empty_like(like, dtype=torch.bool)
+        blocks = self._blocks(mask, reduction_axis)
+        blocks.copy_(chosen.expand(blocks.shape))
         return mask
+
+    def _mask(self, scores: Tensor, density: float, reduction_axis: int) -> Tensor:
+        units = self.unit_scores(scores, reduction_axis)
+        return self.spread(largest(units, participating(density, units.numel())), scores, reduction_axis)
+
+    def _blocks(self, tensor: Tensor, reduction_axis: int) -> Tensor:
+        """A view ``[axis 0 / side, side, axis 1 / side, side, ...]``."""
+        rows, columns = (self.rows, self.columns) if reduction_axis == 1 else (self.columns, self.rows)
+        blocks: Tensor = tensor.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+        return blocks
 
     def _norm(self, blocks: Tensor) -> Tensor:
         top = blocks.amax(dim=(1, 3), keepdim=True)

@@ -32,9 +32,15 @@ class Channel(Pattern):
     def refusal(self, shape: Sequence[int], *, reduction_axis: int = 1) -> str | None:
         return weight_refusal(shape, reduction_axis)
 
+    def unit_scores(self, scores: Tensor, reduction_axis: int) -> Tensor:
+        """One score a channel: the weight's axes, all of size 1 but the output axis, for non-negative scores."""
+        others = [axis for axis in range(scores.dim()) if axis != 1 - reduction_axis]
+        return scores.sum(dim=others, keepdim=True, dtype=summation_dtype(scores))
+
+    def spread(self, chosen: Tensor, like: Tensor, reduction_axis: int) -> Tensor:
+        """The bool mask in ``like``'s shape of chosen channels, in the shape that `unit_scores` gives."""
+        return torch.empty_like(like, dtype=torch.bool).copy_(chosen.expand(like.shape))
+
     def _mask(self, scores: Tensor, density: float, reduction_axis: int) -> Tensor:
-        output_axis = 1 - reduction_axis
-        others = [axis for axis in range(scores.dim()) if axis != output_axis]
-        sums = scores.sum(dim=others, keepdim=True, dtype=summation_dtype(scores))
-        chosen = largest(sums, participating(density, scores.shape[output_axis]))
-        return torch.empty_like(scores, dtype=torch.bool).copy_(chosen.expand(scores.shape))
+        units = self.unit_scores(scores, reduction_axis)
+        return self.spread(largest(units, participating(density, units.numel())), scores, reduction_axis)

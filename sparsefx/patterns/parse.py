@@ -26,14 +26,15 @@ _EXAMPLES = (
     "block:4x4",
     "channel",
 )
-_N_OF_M = re.compile(r"(\d{1,3}):(\d{1,3})(-transposable)?")
+_N_OF_M = re.compile(r"(\d{1,3}):(\d{1,3})(?:(-transposable|[ -]2d)|[ -]1d)?")
 _BLOCK = re.compile(r"block:(\d{1,6})x(\d{1,6})(?::norm=([0-9.e+]+))?")
 
 
 def parse(text: str) -> Pattern:
     """The pattern that a text names.
 
-    ``N:M`` and ``N:M-transposable`` with 1 <= N <= M <= 16, ``unstructured`` (per layer), ``unstructured:global`` (one threshold
+    ``N:M`` and ``N:M-transposable`` with 1 <= N <= M <= 16 (also written ``N:M 1D`` and ``N:M 2D``), ``unstructured`` (per
+    layer), ``unstructured:global`` (one threshold
     over all layers), ``block:RxC`` (R along the output axis, C along the reduction axis; ``block:1x8:norm=2`` ranks blocks by
     a p-norm) and ``channel`` (whole filters). ``parse(pattern.name) == pattern`` for every pattern.
 

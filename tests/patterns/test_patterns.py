@@ -375,3 +375,9 @@ def test_of_equal_scores_in_a_group_the_first_stay(n: int, m: int) -> None:
     expected = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
     assert torch.equal(parse(f"{n}:{m}").mask(scores), expected)
     assert torch.equal(parse(f"{n}:{m}").mask(scores.T.contiguous(), reduction_axis=0), expected.T)
+
+
+@pytest.mark.parametrize(("text", "name"), [("4:8 2D", "4:8-transposable"), ("2:4-2d", "2:4-transposable"), ("2:4 1D", "2:4")])
+def test_the_papers_names_of_patterns_are_understood(text: str, name: str) -> None:
+    assert parse(text) == parse(name)
+    assert parse(text).name == name

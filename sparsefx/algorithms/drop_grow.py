@@ -1,0 +1,137 @@
+"""Dropping units of weights that participate and growing as many others, so that their number never changes.
+
+A unit is what comes and goes together in a pattern: a weight, a block, a filter. In patterns with groups (N:M) weights are
+dropped, and the places that they leave are filled inside the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsefx.algorithms.allocate import allocate
+from sparsefx.algorithms.layer import Layer
+from sparsefx.ops.select import largest_among
+from sparsefx.patterns import GlobalUnstructured
+from sparsefx.patterns.selection import summation_dtype
+from sparsefx.patterns.units import is_free, spread_units, unit_scores, weights_per_unit
+
+Score = Callable[[Layer], Tensor]
+Share = Callable[[Layer], float]
+Within = Literal["layer", "neuron", "all"]
+
+# Weights that stay score this much more than any that could be grown: more than a whole 16 x 16 block of those together.
+_KEPT = 1024.0
+
+
+@dataclass(eq=False)
+class Places:
+    """The units of one layer: which participate, and how many of them."""
+
+    layer: Layer
+
+    def __post_init__(self) -> None:
+        layer = self.layer
+        self.free = is_free(layer.pattern)
+        size = weights_per_unit(layer.pattern, layer.mask.shape, layer.record.reduction_axis)
+        self.active = layer.mask if size == 1 else self.scores(layer.mask.to(torch.float32)) > 0
+        self.total = layer.mask.numel() // size
+        self.count = int(self.active.sum())
+
+    def scores(self, values: Tensor) -> Tensor:
+        """One score a unit, of values of any sign in the weight's shape."""
+        wide = values.detach().abs().to(torch.promote_types(values.dtype, torch.float32))
+        return unit_scores(self.layer.pattern, wide, self.layer.record.reduction_axis)
+
+    def drop_scores(self, drop: Score) -> Tensor:
+        """What `drop` says of units, by their participating weights."""
+        values = drop(self.layer)
+        if self.active is not self.layer.mask:  # what does not participate must not count in the score of a block
+            values = values.masked_fill(~self.layer.mask, 0)
+        return self.scores(values)
+
+    def best(self, scores: Tensor) -> Tensor:
+        """The one unit with the largest score of those that participate."""
+        return largest_among([scores], [self.active], min(1, self.count))[0]
+
+    def put(self, kept: Tensor, grown: Tensor | None, grow_scores: Tensor, *, clear_moments: bool) -> None:
+        """Let units participate: those kept and grown, or in patterns with groups those kept and the best beside them."""
+        layer, axis = self.layer, self.layer.record.reduction_axis
+        if grown is not None:
+            chosen = kept | grown
+            mask = spread_units(layer.pattern, chosen, layer.mask, axis)
+            density = None if isinstance(layer.pattern, GlobalUnstructured) else int(chosen.sum()) / self.total
+            layer.set_mask(mask, density=density, clear_moments=clear_moments)
+            return
+        wide = grow_scores.to(summation_dtype(grow_scores))
+        wide = torch.nan_to_num(wide / wide.amax().clamp_min(torch.finfo(wide.dtype).tiny))
+        mask = layer.pattern.mask(torch.where(kept, _KEPT, wide), layer.record.density, reduction_axis=axis)
+        layer.set_mask(mask, clear_moments=clear_moments)
+
+
+def drop_smallest(
+    places: Sequence[Places], scores: Sequence[Tensor], fractions: Sequence[float], *, together: bool
+) -> list[Tensor]:
+    """The units that stay when a fraction of each layer's is dropped; with ``together``, the smallest of all layers.
+
+    The best unit of each layer stays whatever the fraction is.
+    """
+    dropped = [
+        min(round(fraction * place.count), max(0, place.count - 1)) for place, fraction in zip(places, fractions, strict=True)
+    ]
+    if together:
+        best = [place.best(score) for place, score in zip(places, scores, strict=True)]
+        raised = [score.masked_fill(top, float("inf")) for score, top in zip(scores, best, strict=True)]
+        return largest_among(raised, [place.active for place in places], sum(place.count for place in places) - sum(dropped))
+    kept: list[Tensor] = []
+    for place, score, count in zip(places, scores, dropped, strict=True):
+        kept += largest_among([score], [place.active], place.count - count)
+    return kept
+
+
+def grow_largest(
+    places: Sequence[Places],
+    kept: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    counts: Sequence[int],
+    *,
+    within: Within,
+    clear_moments: bool,
+) -> None:
+    """Let the units with the largest scores participate beside those kept, and move the masks.
+
+    Args:
+        places: the units of each layer.
+        kept: which of them stay.
+        scores: by unit, not negative. Units that were dropped just now may come back.
+        counts: how many each layer grows; patterns with groups fill their groups instead.
+        within: ``layer``, ``neuron`` (each output takes its share of the layer's count, by the mean of its scores), or ``all``:
+            the best of all layers together.
+        clear_moments: see `Layer.set_mask`.
+    """
+    grown: list[Tensor | None] = []
+    if within == "all":
+        grown += largest_among(scores, [~stays for stays in kept], sum(counts))
+    else:
+        for place, score, stays, count in zip(places, scores, kept, counts, strict=True):
+            if not place.free:
+                grown.append(None)
+            elif within == "neuron":
+                grown.append(_by_neuron(score, ~stays, count, 1 - place.layer.record.reduction_axis))
+            else:
+                grown += largest_among([score], [~stays], count)
+    for place, stays, new, score in zip(places, kept, grown, scores, strict=True):
+        place.put(stays, new, score, clear_moments=clear_moments)
+
+
+def _by_neuron(scores: Tensor, candidates: Tensor, count: int, axis: int) -> Tensor:
+    values, free = scores.movedim(axis, 0).flatten(1), candidates.movedim(axis, 0).flatten(1)
+    taken = torch.tensor(allocate(count, values.mean(1).tolist(), free.sum(1).tolist()), device=values.device)
+    order = values.masked_fill(~free, -1).argsort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(free)
+    chosen.scatter_(1, order, torch.arange(values.shape[1], device=values.device) < taken.unsqueeze(1))
+    return chosen.view(candidates.movedim(axis, 0).shape).movedim(0, axis)

@@ -1,0 +1,47 @@
+"""GraSP (Wang, Zhang and Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsefx.algorithms.at_start import AtStart, gradients, losses
+from sparsefx.algorithms.start import Start
+
+
+@dataclass(frozen=True)
+class GraSP(AtStart):
+    """Weights with the largest ``w * (H g)`` participate: those whose removal would lower the norm of the gradient g most.
+
+    H is the Hessian of the loss. Gradients and products are summed over the calibration batches, batch by batch. The paper
+    divides logits by a temperature of 200; that belongs into ``loss_fn``.
+    """
+
+    @property
+    def name(self) -> str:
+        return "grasp"
+
+    @property
+    def summary(self) -> str:
+        return "the weights that most preserve the flow of gradients participate from the start, for good"
+
+    def scores(self, start: Start) -> list[Tensor]:
+        flow = [torch.zeros_like(weight) for weight in start.weights]
+        # Fused attention kernels have no second derivative.
+        with start.unchanged(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for loss, parameters in losses(start, self.name):
+                first = gradients(loss, parameters, keep_graph=True)
+                # d/dw of g.detach() * g(w) is the product of Hessian and gradient.
+                product = torch.stack([(gradient.detach() * gradient).sum() for gradient in first]).sum()
+                for sum_, second in zip(flow, gradients(product, parameters), strict=True):
+                    sum_ += second.detach()
+        scores = [weight * second for weight, second in zip(start.weights, flow, strict=True)]
+        # Signs count here, and masks keep the largest magnitudes: moved up together, so that all layers stay comparable.
+        lowest = torch.stack([score.min().cpu() for score in scores]).min()
+        return [score - lowest.to(score) for score in scores]
+
+
+GRASP = GraSP()

@@ -1,0 +1,186 @@
+"""One sparse weight as an algorithm sees it, and the run that it is trained in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsefx.errors import OptimizerError
+from sparsefx.ops.split import keep_masked
+from sparsefx.patterns.base import Pattern
+from sparsefx.sparse_parameter import SparseParameter
+
+
+@dataclass(eq=False)
+class Layer:
+    """A sparse parameter during an optimizer step. Scores that one makes of it have the weight's shape.
+
+    Attributes:
+        name: full name of the parameter.
+        parameter: the Parameter itself.
+        record: its mask and what else sparsefx keeps beside it.
+        run: the run that it is trained in.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    record: SparseParameter
+    run: Run
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter's values, detached: changing them changes the parameter."""
+        return self.parameter.detach()
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, True where a weight participates."""
+        return self.record.mask
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.record.pattern
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that an algorithm keeps beside the weight; saved in checkpoints."""
+        return self.record.state
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.parameter.grad is not None
+
+    @property
+    def gradient(self) -> Tensor:
+        """The dense gradient at the sparse weights, of the step being made. Raises OptimizerError where there is none."""
+        if self.parameter.grad is None:
+            raise OptimizerError(f"{self.name} has no gradient at step {self.run.step}; it was asked for to move its mask")
+        return self.parameter.grad
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The optimizer's parameter group that holds the weight: ``layer.group["lr"]``."""
+        for group in self.run.optimizer.param_groups:
+            if any(parameter is self.parameter for parameter in group["params"]):
+                found: dict[str, Any] = group
+                return found
+        raise OptimizerError(f"{self.name} is no longer held by its {type(self.run.optimizer).__name__}")
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.group["lr"])
+
+    @property
+    def momentum(self) -> Tensor:
+        """The optimizer's running mean of gradients, in units of its steps; zeros before the first step.
+
+        SGD and others that keep a ``momentum_buffer``: that. The Adam family: ``exp_avg / (sqrt(exp_avg_sq) + 1e-8)``. Others
+        that keep an ``exp_avg`` (Lion): that. Raises OptimizerError for optimizers that keep none.
+        """
+        state = self.run.optimizer.state.get(self.parameter, {})
+        buffer = state.get("momentum_buffer")
+        if buffer is None and "exp_avg" in state:
+            buffer = state["exp_avg"]
+            if "exp_avg_sq" in state:
+                buffer = buffer / (state["exp_avg_sq"].sqrt() + 1e-8)
+        if buffer is not None:
+            return torch.as_tensor(buffer)
+        if state and not has_momentum(self.group):
+            raise OptimizerError(no_momentum(self.run.optimizer, self.name))
+        return torch.zeros_like(self.weight)
+
+    def random(self) -> Tensor:
+        """Random scores in [0, 1), float64, drawn on the CPU from the run's generator: the same on every device."""
+        return random_scores(self.weight, self.run.generator)
+
+    def scale_gradient(self, scale: float) -> None:
+        """Multiply the gradient outside the mask, in place; 0 makes it zero there, whatever it was."""
+        gradient = self.parameter.grad
+        if gradient is None or scale == 1.0:
+            return
+        if scale == 0.0:
+            keep_masked(gradient, self.record)
+        else:
+            gradient.copy_(torch.where(self.record.mask, gradient, gradient * scale))
+
+    def mask_moments(self) -> None:
+        """Zero what the optimizer keeps of weights that do not participate."""
+        for value in self._moments():
+            keep_masked(value, self.record)
+
+    def _moments(self) -> list[Tensor]:
+        state = self.run.optimizer.state.get(self.parameter, {}).values()
+        return [
+            value for value in state if isinstance(value, Tensor) and value.shape == self.mask.shape and value.is_floating_point()
+        ]
+
+    def set_mask(self, mask: Tensor, *, density: float | None = None, clear_moments: bool = True) -> None:
+        """Let the mask become ``mask``, in place. Weights that come or go are zero from now on.
+
+        Args:
+            mask: bool, of the weight's shape.
+            density: the layer's share of participating weights from now on; None keeps it.
+            clear_moments: what the optimizer keeps of weights that come or go becomes zero too, as it would be for a new
+                parameter.
+        """
+        if clear_moments:
+            changed = mask != self.record.mask
+            for value in self._moments():
+                value.masked_fill_(changed, 0)
+        self.weight.masked_fill_(~(mask & self.record.mask), 0)
+        self.record.mask.copy_(mask)
+        if density is not None:
+            self.record.density = density
+
+
+@dataclass(eq=False)
+class Run:
+    """One training run of the layers that one optimizer holds.
+
+    Attributes:
+        optimizer: the optimizer.
+        total_steps: its steps in the whole run.
+        steps_per_epoch: or None where the user gave none.
+        generator: on the CPU; its state is saved in checkpoints.
+        layers: in the model's order, input to output as far as that is known.
+        step: number of the step being made, from 1.
+        values: numbers that an algorithm keeps, saved in checkpoints.
+    """
+
+    optimizer: Optimizer
+    total_steps: int
+    steps_per_epoch: int | None
+    generator: torch.Generator
+    layers: list[Layer] = field(default_factory=list)
+    step: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """What a GradScaler has multiplied the gradients with, where it leaves undoing that to a fused optimizer."""
+        scale = getattr(self.optimizer, "grad_scale", None)
+        return scale if isinstance(scale, Tensor) else None
+
+
+def random_scores(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform in [0, 1), float64 (of that many distinct values ties are rare), on ``like``'s device and in its shape."""
+    dtype = torch.float32 if like.device.type == "mps" else torch.float64
+    return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device, dtype)
+
+
+def has_momentum(group: dict[str, Any]) -> bool:
+    """Whether an optimizer keeps a running mean of gradients, going by the options of a parameter group."""
+    return "betas" in group or bool(group.get("momentum", 0))
+
+
+def no_momentum(optimizer: Optimizer, name: str) -> str:
+    """What to say where `has_momentum` is False."""
+    return (
+        f"{type(optimizer).__name__} keeps no momentum for {name}, by which masks are to move; expected an optimizer with "
+        "momentum "
+        "(SGD with momentum=0.9, Adam, AdamW), or growth and redistribution by something else"
+    )

@@ -1,0 +1,107 @@
+"""Top-KAST (Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsefx.algorithms.base import Algorithm, Split
+from sparsefx.algorithms.layer import Layer, Run
+from sparsefx.algorithms.options import expect_not_negative, expect_share, expect_steps
+from sparsefx.errors import OptionError
+from sparsefx.ops.select import largest_among
+from sparsefx.ops.split import keep_masked, merge
+from sparsefx.sparse_parameter import SparseParameter
+
+_BACKWARD = "backward"
+
+
+@dataclass(frozen=True)
+class TopKAST(Algorithm):
+    """The largest |w| participate; they and the next largest are updated; the others keep the value that they have, dormant.
+
+    Attributes:
+        backward_density: d', share of each layer's weights that are updated; None stands for twice the layer's density d. It
+            is at least d.
+        penalty: factor of the L2 penalty on weights that participate; on those that are only updated it is divided by d, which
+            makes their place hard to keep (the paper's exploration regularisation).
+        rewire_every: steps from one choice of both sets to the next.
+    """
+
+    backward_density: float | None = None
+    penalty: float = 1e-4
+    rewire_every: int = 100
+
+    def __post_init__(self) -> None:
+        if self.backward_density is not None:
+            expect_share("backward_density", self.backward_density)
+        expect_not_negative("penalty", self.penalty)
+        expect_steps("rewire_every", self.rewire_every)
+
+    @property
+    def name(self) -> str:
+        return "top-kast"
+
+    @property
+    def summary(self) -> str:
+        return "the largest |w| participate, a larger set of them is updated, and the rest keeps its values"
+
+    @property
+    def keeps_dormant(self) -> bool:
+        return True
+
+    def check(self, run: Run) -> None:
+        for layer in run.layers:
+            if self.backward_density is not None and self.backward_density < layer.record.density:
+                raise OptionError(
+                    f"backward_density={self.backward_density} was given, but {layer.name} has density {layer.record.density:g}; "
+                    "expected at least that"
+                )
+
+    def begin(self, run: Run, layer: Layer) -> None:
+        layer.state[_BACKWARD] = self._updated(layer)
+
+    def edit_gradient(self, run: Run, layer: Layer) -> None:
+        # Dormant values are zero where weights participate: they get what their penalty is larger by.
+        more = self.penalty / max(layer.record.density, 1e-12) - self.penalty
+        for values, factor in ((layer.weight, self.penalty), (_dormant(layer), more)):
+            layer.gradient.add_(values if run.loss_scale is None else values * run.loss_scale, alpha=factor)
+        keep_masked(layer.gradient, _as_updated(layer))
+
+    def after_step(self, run: Run) -> Split:
+        # Momentum and weight decay reach the others too, whatever their gradient was: they go back to their value.
+        merge([layer.weight for layer in run.layers], [_as_updated(layer) for layer in run.layers])
+        return Split(rewire=self._rewires(run))
+
+    def move(self, run: Run) -> None:
+        if self._rewires(run):
+            for layer in run.layers:
+                layer.state[_BACKWARD].copy_(self._updated(layer))
+
+    def _rewires(self, run: Run) -> bool:
+        return run.step % self.rewire_every == 0
+
+    def _updated(self, layer: Layer) -> Tensor:
+        """The weights that participate, and of the others the largest, up to the density d'."""
+        wanted = self.backward_density if self.backward_density is not None else min(1.0, 2 * layer.record.density)
+        total, used = layer.mask.numel(), int(layer.mask.sum())
+        more = max(0, round(wanted * total) - used)
+        if more == 0:
+            return layer.mask.clone()
+        return layer.mask | largest_among([_dormant(layer).abs()], [~layer.mask], more)[0]
+
+
+def _dormant(layer: Layer) -> Tensor:
+    dormant = layer.record.dormant
+    assert dormant is not None
+    return dormant
+
+
+def _as_updated(layer: Layer) -> SparseParameter:
+    """A record that takes the weights which are updated for those that participate."""
+    record = layer.record
+    return SparseParameter(record.pattern, record.density, record.reduction_axis, layer.state[_BACKWARD], record.dormant)
+
+
+TOP_KAST = TopKAST()

@@ -66,6 +66,7 @@ def _depthwise(
     size = value.shape[1]
     out = propagation.axis(weight, 0)
     propagation.labels.union(along(value.labels, 1, size), out)
+    propagation.count(node, weight, size)
     known = constant_along(value, 1)
     # float64 before the sum: what is folded later is evaluated like this too.
     filters = weight.tensor.double().reshape(size, -1)

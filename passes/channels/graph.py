@@ -109,9 +109,23 @@ def _writes_through_views(graph: fx.Graph) -> bool:
             written = description.alias_info is not None and description.alias_info.is_write
             if not written or not isinstance(argument, fx.Node):
                 continue
-            if argument.op != "call_function" or op_name(argument).removesuffix("_") in _VIEWS:
-                return True
-            # Views that were taken before the write see it, wherever they are read; so does a later reader of the old node.
-            if any(op_name(user) in _VIEWS or position[user] > position[node] for user in argument.users if user is not node):
+            if _seen_elsewhere(argument, node, position):
                 return True
     return False
+
+
+def _seen_elsewhere(written: fx.Node, writer: fx.Node, position: dict[fx.Node, int]) -> bool:
+    """Whether anything but the writer's result shows the memory that it writes to after it."""
+    reader = writer
+    while True:
+        if written.op != "call_function":
+            return True
+        # Views that were taken before the write see it, wherever they are read; so does a later reader.
+        if any(op_name(user) in _VIEWS or position[user] > position[writer] for user in written.users if user is not reader):
+            return True
+        if op_name(written).removesuffix("_") not in _VIEWS:
+            return False
+        reader, above = written, written.args[0]
+        if not isinstance(above, fx.Node):
+            return True
+        written = above

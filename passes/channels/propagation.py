@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -165,13 +166,18 @@ class Propagation:
     def add_read(self, read: Read, node: fx.Node) -> None:
         """A product with a weight; the batch norm behind it, where nothing else reads its result, can take a constant over."""
         self.facts.reads.append(replace(read, shift=self._shift_behind(node)))
+        self.count(node, read.weight, len(read.out))
+
+    def count(self, node: fx.Node, weight: Weight, outputs: int) -> None:
+        """Note how often a call multiplies by each value of its weight."""
+        self.facts.work.append((weight.name, math.prod(shape_of(node)) // outputs))
 
     def _shift_behind(self, node: fx.Node) -> str:
         readers = list(node.users)
         if len(readers) != 1 or op_name(readers[0]) not in ("batch_norm", "_native_batch_norm_legit_no_training"):
             return ""
         mean = self.arguments(readers[0]).get("running_mean")
-        return mean.name if isinstance(mean, Weight) and mean.sliceable else ""
+        return mean.name if isinstance(mean, Weight) and mean.sliceable and not self.training else ""
 
     def add_blocks(self, blocks: Blocks) -> None:
         """Runs of channels of which equally many stay."""

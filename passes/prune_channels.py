@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -74,14 +75,13 @@ class ChannelPlanner:
         self._modes = tuple(graph.training for graph in graphs)
         self._propagation: Propagation = propagate_channels(model, graphs)
         self._roots = self._propagation.labels.roots()
-        self._layers: list[Layer] = merge_reads(model, self._propagation, self._roots)
+        self._layers: list[Layer] = merge_reads(model, self._propagation, self._roots, trains=trains)
         self._whole: list[_Group] = []
         self._told: dict[str, str] = {}
 
     def _graphs(self, trains: bool) -> list[ChannelGraph]:
         graphs = [capture_channels(self._model, *self._arguments)]
-        seen = {weight.name for weight in graphs[0].weights.values()}
-        read = {weight.name for name, weight in graphs[0].weights.items() if _is_read(graphs[0], name)}
+        read = graphs[0].read()
         # Auxiliary heads run in train mode only; without them the result could not be trained.
         if trains or any(name not in read for name, _ in self._model.named_parameters()):
             try:
@@ -89,7 +89,6 @@ class ChannelPlanner:
             except Exception:
                 if trains:
                     raise
-        del seen
         return graphs
 
     def plan(self) -> ChannelPlan:
@@ -139,9 +138,6 @@ class ChannelPlanner:
 
     def _admit(self, suspects: Sequence[_Group], failure: Callable[[ChannelPlan], Failure | None], found: Failure) -> None:
         """Of groups that are kept whole, let those go again that are innocent."""
-        if failure(self._solved()) is not None and len(suspects) > 1:
-            # Something else is wrong too: these stay as they are until that is found.
-            pass
         if len(suspects) == 1:
             self._told[suspects[0].what] = f"{suspects[0].what}: {found.told}"
             return
@@ -216,7 +212,7 @@ class ChannelPlanner:
                 continue
             read = layer.read
             if read.groups > 1:
-                changed |= solution.keep(np_concat(layer))
+                changed |= solution.keep(np.concatenate([layer.out, layer.into]))
                 continue
             axes = {read.out_axis: torch.from_numpy(rows.nonzero()[0]), read.in_axis: torch.from_numpy(columns.nonzero()[0])}
             left = cut(read.weight.tensor, axes)
@@ -225,17 +221,3 @@ class ChannelPlanner:
             if both and not holds(left, read.out_axis, n, m):
                 changed |= keep_groups(solution, layer.out, m)
         return changed
-
-
-def np_concat(layer: Layer) -> Integers:
-    """All classes of a layer."""
-    import numpy as np
-
-    return np.concatenate([layer.out, layer.into])
-
-
-def _is_read(graph: ChannelGraph, placeholder: str) -> bool:
-    for node in graph.graph.nodes:
-        if node.op == "placeholder" and node.name == placeholder:
-            return bool(node.users)
-    return False

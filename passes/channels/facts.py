@@ -24,6 +24,7 @@ class Read:
         uniform: whether a constant input adds the same to every place of the output: no padding, and no transposed convolution.
         bias: the bias of this call, where it is a parameter.
         shift: name of the running mean of the only reader of the output, a batch norm in eval mode; empty where there is none.
+        training: whether the call was seen in train mode.
     """
 
     where: str
@@ -37,6 +38,7 @@ class Read:
     uniform: bool
     bias: Weight | None = None
     shift: str = ""
+    training: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,19 @@ class ChannelGraph:
     Attributes:
         graph: of ATen ops; it changes no tensor in place through a view.
         weights: what placeholders stand for, by node name; placeholders that are no key are inputs.
+        outputs: names of the nodes that the model returns; the graph's own output may list more.
         training: the mode that it was captured in.
     """
 
     graph: fx.Graph
     weights: dict[str, Weight]
+    outputs: frozenset[str]
     training: bool
+
+    def read(self) -> frozenset[str]:
+        """Names of the parameters and buffers that some node reads."""
+        placeholders = (node for node in self.graph.nodes if node.op == "placeholder" and node.users)
+        return frozenset(self.weights[node.name].name for node in placeholders if node.name in self.weights)
 
 
 def capture_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool = False) -> ChannelGraph:
@@ -56,7 +63,8 @@ def capture_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                 f"channels of {type(model).__name__} cannot be followed: torch.export refuses it ({told}); prune the largest of its "
                 "submodules that can be exported, each with inputs of its own"
             ) from error
-    return ChannelGraph(program.graph, _weights(model, program), training)
+    outputs = frozenset(name for name in program.graph_signature.user_outputs if isinstance(name, str))
+    return ChannelGraph(program.graph, _weights(model, program), outputs, training)
 
 
 def module_path(node: fx.Node) -> str:
@@ -118,12 +126,10 @@ def _seen_elsewhere(written: fx.Node, writer: fx.Node, position: dict[fx.Node, i
     """Whether anything but the writer's result shows the memory that it writes to after it."""
     reader = writer
     while True:
-        if written.op != "call_function":
-            return True
         # Views that were taken before the write see it, wherever they are read; so does a later reader.
         if any(op_name(user) in _VIEWS or position[user] > position[writer] for user in written.users if user is not reader):
             return True
-        if op_name(written).removesuffix("_") not in _VIEWS:
+        if written.op != "call_function" or op_name(written).removesuffix("_") not in _VIEWS:
             return False
         reader, above = written, written.args[0]
         if not isinstance(above, fx.Node):

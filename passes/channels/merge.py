@@ -59,28 +59,36 @@ class Layer:
         return self.read.constant
 
 
-def merge_reads(model: nn.Module, propagation: Propagation, roots: Integers) -> list[Layer]:
+def merge_reads(model: nn.Module, propagation: Propagation, roots: Integers, *, trains: bool) -> list[Layer]:
     """Layers in the order of their first call.
 
     Args:
         model: the model itself.
         propagation: what was found out.
         roots: class of each label.
+        trains: whether constants have to agree with train mode too. Otherwise its reads count for weights alone that eval mode does
+            not read, those of auxiliary heads.
     """
     by_weight: dict[str, list[Read]] = {}
     for read in propagation.facts.reads:
         by_weight.setdefault(read.weight.name, []).append(read)
-    return [_merged(model, propagation, reads, roots) for reads in by_weight.values()]
+    return [_merged(model, propagation, reads, roots, trains) for reads in by_weight.values()]
 
 
-def _merged(model: nn.Module, propagation: Propagation, reads: list[Read], roots: Integers) -> Layer:
+def _that_count(reads: list[Read], trains: bool) -> list[Read]:
+    evaluated = [read for read in reads if not read.training]
+    return reads if trains or not evaluated else evaluated
+
+
+def _merged(model: nn.Module, propagation: Propagation, all_reads: list[Read], roots: Integers, trains: bool) -> Layer:
+    reads = _that_count(all_reads, trains)
     first = reads[0]
     uniform = all(read.uniform for read in reads)
     constant = first.constant.copy()
     same = all((read.out_axis, read.groups) == (first.out_axis, first.groups) for read in reads)
     for read in reads[1:]:
         constant = np.where(constant == read.constant, constant, np.nan) if same else np.full_like(constant, np.nan)
-    fold = _fold(model, propagation, reads)
+    fold = _fold(model, propagation, all_reads)
     carries = not _is_sparse(model, first.weight.name)
     if uniform and fold is None:
         constant = np.where(constant == 0, 0.0, np.nan)
@@ -98,19 +106,26 @@ def _fold(model: nn.Module, propagation: Propagation, reads: list[Read]) -> Fold
     if first.bias is not None:
         # A bias that something else reads too cannot take a constant over for this layer alone.
         mine = all(read.bias is not None and read.bias.name == first.bias.name for read in reads)
-        alone = propagation.uses.get(first.bias.name, 0) == len(reads)
-        return Fold(first.bias.name, 1, False) if mine and alone and first.bias.sliceable else None
+        return Fold(first.bias.name, 1, False) if mine and first.bias.sliceable and _alone(propagation, first.bias.name, reads) else None
     if any(read.bias is not None for read in reads):
         return None
-    if first.shift and all(read.shift == first.shift for read in reads) and propagation.uses.get(first.shift, 0) == len(reads):
-        return Fold(first.shift, -1, False)
+    evaluated = [read for read in reads if not read.training]
+    shifts = {read.shift for read in evaluated}
+    if len(shifts) == 1 and (shift := shifts.pop()) and propagation.uses.get((shift, False), 0) == len(evaluated):
+        return Fold(shift, -1, False)
     path, _, local_name = first.weight.name.rpartition(".")
     owner = model.get_submodule(path)
     plain = isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) and local_name == "weight" and runs_own_forward(owner)
-    alone = propagation.uses.get(first.weight.name, 0) == len(reads)
-    if plain and alone and owner._parameters.get("bias", first) is None:
+    if plain and _alone(propagation, first.weight.name, reads) and owner._parameters.get("bias", first) is None:
         return Fold(f"{path}.bias" if path else "bias", 1, True)
     return None
+
+
+def _alone(propagation: Propagation, name: str, reads: list[Read]) -> bool:
+    """Whether these reads are all uses of a parameter, in either mode."""
+    return all(
+        propagation.uses.get((name, training), 0) == sum(read.training == training for read in reads) for training in (False, True)
+    )
 
 
 def _is_sparse(model: nn.Module, name: str) -> bool:

@@ -32,7 +32,7 @@ class Propagation:
         self.labels = Labels()
         self.facts = Facts()
         self.training = False
-        self.uses: dict[str, int] = {}
+        self.uses: dict[tuple[str, bool], int] = {}
         self._values: dict[fx.Node, Any] = {}
 
     def follow(self, captured: ChannelGraph, progress: Callable[[int], None] | None = None) -> None:
@@ -44,11 +44,14 @@ class Propagation:
                 self._values[node] = captured.weights.get(node.name) or _unknown_of(node)
                 if node.name in captured.weights:
                     name = captured.weights[node.name].name
-                    self.uses[name] = self.uses.get(name, 0) + len(node.users)
+                    key = (name, self.training)
+                    self.uses[key] = self.uses.get(key, 0) + len(node.users)
             elif node.op == "call_function":
                 self._values[node] = self._call(node)
             elif node.op == "output":
-                self.pin_all(node, "it is an output of the model")
+                for source in node.all_input_nodes:
+                    if source.name in captured.outputs:
+                        self.pin_node(source, "it is an output of the model", "")
             else:
                 self._values[node] = _unknown_of(node)
             if progress is not None:
@@ -83,8 +86,12 @@ class Propagation:
     def pin_all(self, node: fx.Node, reason: str) -> None:
         """Pin the channels of every input of a node."""
         for source in node.all_input_nodes:
-            for leaf in _leaves(self._values.get(source)):
-                self.pin(leaf, reason, module_path(node))
+            self.pin_node(source, reason, module_path(node))
+
+    def pin_node(self, node: fx.Node, reason: str, where: str) -> None:
+        """Pin the channels of what a node made."""
+        for leaf in _leaves(self._values.get(node)):
+            self.pin(leaf, reason, where)
 
     def pin(self, value: Value | Weight, reason: str, where: str) -> None:
         """Channels of this tensor have to stay."""
@@ -165,7 +172,7 @@ class Propagation:
 
     def add_read(self, read: Read, node: fx.Node) -> None:
         """A product with a weight; the batch norm behind it, where nothing else reads its result, can take a constant over."""
-        self.facts.reads.append(replace(read, shift=self._shift_behind(node)))
+        self.facts.reads.append(replace(read, shift=self._shift_behind(node), training=self.training))
         self.count(node, read.weight, len(read.out))
 
     def count(self, node: fx.Node, weight: Weight, outputs: int) -> None:

@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "ops", "sparse_parameter", "model_record", "checkpoint", "layers"),
     ("program", "capture", "verify", "follow", "runtime", "analysis"),
     ("passes",),
-    ("api", "onnx_audit"),
+    ("api", "onnx_audit", "pruning"),
     ("", "cli", "integrations", "demo"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

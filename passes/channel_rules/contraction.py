@@ -12,9 +12,7 @@ from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
 from sparsefx.passes.channels.value import Floats, Value, along, constant_along, nothing_known
 
 
-def contract(
-    propagation: Propagation, node: fx.Node, operands: tuple[Value, Value], inputs: tuple[str, str], output: str
-) -> Any:
+def contract(propagation: Propagation, node: fx.Node, operands: tuple[Value, Value], inputs: tuple[str, str], output: str) -> Any:
     """Sum over the letters that are not in ``output``.
 
     A letter that is summed over pairs the channels of both operands. A channel may go where one of the two is constantly

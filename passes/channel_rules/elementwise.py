@@ -14,15 +14,127 @@ from sparsefx.passes.channels.labels import PINNED, Integers
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
 from sparsefx.passes.channels.value import Floats, Value, Weight, nothing_known
 
-_NAMES = """
-abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh ceil celu clamp clamp_max clamp_min clip copysign cos cosh deg2rad
-div divide elu erf erfc exp exp2 expm1 floor floor_divide fmod frac gelu hardshrink hardsigmoid hardswish hardtanh heaviside hypot
-leaky_relu lerp lgamma log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logit maximum minimum mish mul multiply nan_to_num
-neg negative pow reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus softshrink
-softsign sqrt square sub subtract tan tanh threshold true_divide trunc where xlogy
-eq ne lt le gt ge equal_ greater greater_equal less less_equal not_equal logical_and logical_or logical_not logical_xor
-bitwise_and bitwise_or bitwise_not bitwise_xor __and__ __or__ isnan isinf isfinite masked_fill fmax fmin digamma erfinv
-""".split()
+_NAMES = [
+    "abs",
+    "acos",
+    "acosh",
+    "add",
+    "addcdiv",
+    "addcmul",
+    "asin",
+    "asinh",
+    "atan",
+    "atan2",
+    "atanh",
+    "ceil",
+    "celu",
+    "clamp",
+    "clamp_max",
+    "clamp_min",
+    "clip",
+    "copysign",
+    "cos",
+    "cosh",
+    "deg2rad",
+    "div",
+    "divide",
+    "elu",
+    "erf",
+    "erfc",
+    "exp",
+    "exp2",
+    "expm1",
+    "floor",
+    "floor_divide",
+    "fmod",
+    "frac",
+    "gelu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "heaviside",
+    "hypot",
+    "leaky_relu",
+    "lerp",
+    "lgamma",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "log_sigmoid",
+    "logaddexp",
+    "logaddexp2",
+    "logit",
+    "maximum",
+    "minimum",
+    "mish",
+    "mul",
+    "multiply",
+    "nan_to_num",
+    "neg",
+    "negative",
+    "pow",
+    "reciprocal",
+    "relu",
+    "relu6",
+    "remainder",
+    "round",
+    "rsqrt",
+    "rsub",
+    "selu",
+    "sgn",
+    "sigmoid",
+    "sign",
+    "silu",
+    "sin",
+    "sinc",
+    "sinh",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "sqrt",
+    "square",
+    "sub",
+    "subtract",
+    "tan",
+    "tanh",
+    "threshold",
+    "true_divide",
+    "trunc",
+    "where",
+    "xlogy",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "equal_",
+    "greater",
+    "greater_equal",
+    "less",
+    "less_equal",
+    "not_equal",
+    "logical_and",
+    "logical_or",
+    "logical_not",
+    "logical_xor",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_not",
+    "bitwise_xor",
+    "__and__",
+    "__or__",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "masked_fill",
+    "fmax",
+    "fmin",
+    "digamma",
+    "erfinv",
+]
 _PRODUCTS = frozenset(("mul", "multiply"))
 # What these give for a constant depends on more than the elements that are tensors here.
 _NEVER_CONSTANT = frozenset(("masked_fill", "where", "nan_to_num"))
@@ -31,7 +143,9 @@ _NEVER_CONSTANT = frozenset(("masked_fill", "where", "nan_to_num"))
 def elementwise(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """Any op of the table: labels of the operands meet, constants go through the op itself in float64."""
     given = {name: propagation.value(value) for name, value in arguments.items() if isinstance(value, (Value, Weight))}
-    if any(isinstance(value, (list, tuple)) and any(isinstance(v, (Value, Weight)) for v in value) for value in arguments.values()):
+    if any(
+        isinstance(value, (list, tuple)) and any(isinstance(v, (Value, Weight)) for v in value) for value in arguments.values()
+    ):
         return propagation.refuse(node, "was given lists of tensors")
     labels = meet(propagation, node, list(given.values()))
     if labels is None:
@@ -93,7 +207,9 @@ def evaluate(node: fx.Node, arguments: dict[str, Any]) -> Floats | None:
     target = node.target
     if packet is None or not isinstance(target, torch._ops.OpOverload):
         return None
-    converted = tree_map(lambda leaf: torch.from_numpy(np.ascontiguousarray(leaf)) if isinstance(leaf, np.ndarray) else leaf, arguments)
+    converted = tree_map(
+        lambda leaf: torch.from_numpy(np.ascontiguousarray(leaf)) if isinstance(leaf, np.ndarray) else leaf, arguments
+    )
     positional = [converted[argument.name] for argument in target._schema.arguments if not argument.kwarg_only]
     keyword = {
         argument.name: converted[argument.name]
@@ -137,7 +253,13 @@ def dropout(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) 
 def like(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """A new tensor in the shape of another: it follows that one's channels."""
     value = propagation.value(next(iter(arguments.values())))
-    fill = {"zeros_like": 0.0, "ones_like": 1.0, "full_like": arguments.get("fill_value"), "zero": 0.0, "fill": arguments.get("value")}
+    fill = {
+        "zeros_like": 0.0,
+        "ones_like": 1.0,
+        "full_like": arguments.get("fill_value"),
+        "zero": 0.0,
+        "fill": arguments.get("value"),
+    }
     known = fill.get(op_name(node).removesuffix("_"))
     constant = np.full((1,) * len(value.shape), float(known) if isinstance(known, (int, float)) else np.nan)
     return Value(value.shape, value.labels, constant)

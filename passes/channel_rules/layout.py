@@ -153,7 +153,8 @@ def stack(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) ->
     axis = arguments["dim"] % len(shape)
     given = [propagation.value(tensor) for tensor in arguments["tensors"]]
     opened = [
-        Value((*v.shape[:axis], 1, *v.shape[axis:]), np.expand_dims(v.labels, axis), np.expand_dims(v.constant, axis)) for v in given
+        Value((*v.shape[:axis], 1, *v.shape[axis:]), np.expand_dims(v.labels, axis), np.expand_dims(v.constant, axis))
+        for v in given
     ]
     return _joined(propagation, node, opened, axis, shape)
 
@@ -256,8 +257,12 @@ def _by_channel(value: Value, labels: Array, rank: int, run: int) -> tuple[Array
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "_reshape_alias"), reshape),
-    **dict.fromkeys(("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT", "adjoint"), permute),
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "_reshape_alias"), reshape
+    ),
+    **dict.fromkeys(
+        ("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT", "adjoint"), permute
+    ),
     **dict.fromkeys(("squeeze", "unsqueeze"), squeeze),
     **dict.fromkeys(("expand", "broadcast_to"), expand),
     "expand_as": expand_as,

@@ -18,7 +18,9 @@ def batch_norm(propagation: Propagation, node: fx.Node, arguments: dict[str, Any
     value = propagation.value(arguments["input"])
     made = _per_channel(propagation, node, value, arguments)
     if made is None:
-        return _in_form(node, propagation.refuse(node, "meets channels along other axes than its own, or has computed parameters"))
+        return _in_form(
+            node, propagation.refuse(node, "meets channels along other axes than its own, or has computed parameters")
+        )
     vectors, labelled = made
     own_statistics = bool(arguments.get("training")) or "functional" in op_name(node) or arguments.get("running_mean") is None
     constant = constant_along(labelled, 1)
@@ -122,7 +124,11 @@ def layer_norm(propagation: Propagation, node: fx.Node, arguments: dict[str, Any
         return propagation.refuse(node, "meets channels along different axes")
     if arguments.get("weight") is not None:
         scale = propagation.value(arguments["weight"]).lifted(rank).constant
-        shift = propagation.value(arguments["bias"]).lifted(rank).constant if arguments.get("bias") is not None else np.zeros((1,) * rank)
+        shift = (
+            propagation.value(arguments["bias"]).lifted(rank).constant
+            if arguments.get("bias") is not None
+            else np.zeros((1,) * rank)
+        )
         constant = np.where(scale == 0, 0.0, np.nan) + shift
     return propagation.compressed(Value(shape_of(node), labels, value.constant).with_constant(constant))
 

@@ -44,7 +44,9 @@ def _pooled(propagation: Propagation, node: fx.Node, arguments: dict[str, Any], 
     return (pooled, pooled.forgotten()) if several else pooled
 
 
-_MAXIMA = [f"{prefix}max_pool{rank}d{suffix}" for prefix in ("", "adaptive_") for rank in (1, 2, 3) for suffix in ("", "_with_indices")]
+_MAXIMA = [
+    f"{prefix}max_pool{rank}d{suffix}" for prefix in ("", "adaptive_") for rank in (1, 2, 3) for suffix in ("", "_with_indices")
+]
 _RESAMPLED = [
     *(f"adaptive_avg_pool{rank}d" for rank in (1, 2, 3)),
     *(f"_adaptive_avg_pool{rank}d" for rank in (2, 3)),

@@ -169,7 +169,9 @@ def embedding(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
     table = weight.tensor
     same = (table == table[:1]).all(dim=0).cpu().numpy()
     constant = np.where(same, table[0].double().cpu().numpy(), np.nan)
-    return Value(shape, propagation.axis(weight, 1).reshape(sizes), constant.reshape(sizes)).with_constant(constant.reshape(sizes))
+    return Value(shape, propagation.axis(weight, 1).reshape(sizes), constant.reshape(sizes)).with_constant(
+        constant.reshape(sizes)
+    )
 
 
 RULES: dict[str, Rule] = {

@@ -24,7 +24,9 @@ def reduction(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
     numbers = sorted(axis % max(rank, 1) for axis in axes)
     made = node.meta["val"]
     if isinstance(made, (tuple, list)):
-        return propagation.refuse(node, "gives several results") if value.varying & set(numbers) else _several(node, value, numbers)
+        return (
+            propagation.refuse(node, "gives several results") if value.varying & set(numbers) else _several(node, value, numbers)
+        )
     if value.varying & set(numbers):
         propagation.pin(value, f"{op_name(node)} runs over channels", module_path(node))
     elif not value.varying:
@@ -33,9 +35,7 @@ def reduction(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
 
 
 def _several(node: fx.Node, value: Value, numbers: list[int]) -> Any:
-    return tuple(
-        _reduced(node, value.forgotten(), numbers, tuple(int(size) for size in part.shape)) for part in node.meta["val"]
-    )
+    return tuple(_reduced(node, value.forgotten(), numbers, tuple(int(size) for size in part.shape)) for part in node.meta["val"])
 
 
 def _reduced(node: fx.Node, value: Value, numbers: list[int], shape: tuple[int, ...]) -> Value:

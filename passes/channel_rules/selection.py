@@ -136,7 +136,9 @@ def gather(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -
         return propagation.refuse(node, "takes elements by indices")
     propagation.pin(arguments["index"], "gather takes it for indices", module_path(node))
     del axis
-    return Value(shape_of(node), value.labels, np.full_like(value.constant, np.nan) if value.constant.size > 1 else value.constant)
+    return Value(
+        shape_of(node), value.labels, np.full_like(value.constant, np.nan) if value.constant.size > 1 else value.constant
+    )
 
 
 def pad(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -164,10 +166,14 @@ def pad(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> A
         elif mode == "constant" and (before > 0 or after > 0):
             # The border differs from the inside, but where the inside is what is padded with.
             inside = constant if constant.shape[axis] == 1 else constant.take([0], axis=axis)
-            same = inside if constant.shape[axis] == 1 else np.where((constant == inside).all(axis, keepdims=True), inside, np.nan)
+            same = (
+                inside if constant.shape[axis] == 1 else np.where((constant == inside).all(axis, keepdims=True), inside, np.nan)
+            )
             constant = np.where(same == fill, same, np.nan)
         elif constant.shape[axis] > 1:
-            constant = np.where((constant == constant.take([0], axis=axis)).all(axis, keepdims=True), constant.take([0], axis=axis), np.nan)
+            constant = np.where(
+                (constant == constant.take([0], axis=axis)).all(axis, keepdims=True), constant.take([0], axis=axis), np.nan
+            )
     return Value(shape_of(node), labels, shrunk(constant))
 
 
@@ -204,7 +210,16 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("index", "index_select"), index),
     "gather": gather,
     **dict.fromkeys(
-        ("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d"),
+        (
+            "pad",
+            "constant_pad_nd",
+            "reflection_pad1d",
+            "reflection_pad2d",
+            "reflection_pad3d",
+            "replication_pad1d",
+            "replication_pad2d",
+            "replication_pad3d",
+        ),
         pad,
     ),
     **dict.fromkeys(("slice_scatter", "select_scatter"), scatter_part),

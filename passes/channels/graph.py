@@ -16,7 +16,20 @@ from sparsefx.passes.channels.value import Weight
 
 _VIEWS = frozenset(
     (
-        *("view", "reshape", "slice", "select", "narrow", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "diagonal"),
+        *(
+            "view",
+            "reshape",
+            "slice",
+            "select",
+            "narrow",
+            "permute",
+            "transpose",
+            "t",
+            "unsqueeze",
+            "squeeze",
+            "expand",
+            "diagonal",
+        ),
         *("split", "split_with_sizes", "chunk", "unbind", "flatten", "unflatten", "alias", "detach", "view_as", "expand_as"),
         *("swapaxes", "movedim", "swapdims", "unfold", "as_strided", "contiguous", "getitem"),
     )

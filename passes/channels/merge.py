@@ -96,7 +96,16 @@ def _merged(model: nn.Module, propagation: Propagation, all_reads: list[Read], r
         constant = np.where(constant == 0, 0.0, np.nan)
     used = (matrix(first) != 0).any(dim=2).cpu().numpy()
     merged = Read(
-        first.where, first.weight, first.out_axis, first.in_axis, first.groups, first.out, first.into, constant, uniform, first.bias
+        first.where,
+        first.weight,
+        first.out_axis,
+        first.in_axis,
+        first.groups,
+        first.out,
+        first.into,
+        constant,
+        uniform,
+        first.bias,
     )
     return Layer(merged, used, roots[first.out], roots[first.into], fold, carries)
 
@@ -106,7 +115,11 @@ def _fold(model: nn.Module, propagation: Propagation, reads: list[Read]) -> Fold
     if first.bias is not None:
         # A bias that something else reads too cannot take a constant over for this layer alone.
         mine = all(read.bias is not None and read.bias.name == first.bias.name for read in reads)
-        return Fold(first.bias.name, 1, False) if mine and first.bias.sliceable and _alone(propagation, first.bias.name, reads) else None
+        return (
+            Fold(first.bias.name, 1, False)
+            if mine and first.bias.sliceable and _alone(propagation, first.bias.name, reads)
+            else None
+        )
     if any(read.bias is not None for read in reads):
         return None
     evaluated = [read for read in reads if not read.training]
@@ -124,7 +137,8 @@ def _fold(model: nn.Module, propagation: Propagation, reads: list[Read]) -> Fold
 def _alone(propagation: Propagation, name: str, reads: list[Read]) -> bool:
     """Whether these reads are all uses of a parameter, in either mode."""
     return all(
-        propagation.uses.get((name, training), 0) == sum(read.training == training for read in reads) for training in (False, True)
+        propagation.uses.get((name, training), 0) == sum(read.training == training for read in reads)
+        for training in (False, True)
     )
 
 

@@ -79,7 +79,9 @@ class ChannelPlan:
         try:
             with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(name))) as folder:
                 draft = os.path.join(folder, "plan.safetensors")
-                save_file(tensors or {"nothing": torch.zeros(1)}, draft, metadata={"sparsefx_channel_plan": json.dumps(described)})
+                save_file(
+                    tensors or {"nothing": torch.zeros(1)}, draft, metadata={"sparsefx_channel_plan": json.dumps(described)}
+                )
                 os.replace(draft, name)
         except OSError as error:
             raise OptionError(f"{name} cannot be written: {error}; choose a folder that exists and can be written to") from error

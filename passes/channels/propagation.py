@@ -65,7 +65,9 @@ class Propagation:
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by the names of the op's schema, defaults included; tensors are `Value` or `Weight`."""
-        given = tree_map(lambda leaf: self._values.get(leaf) if isinstance(leaf, fx.Node) else leaf, (node.args, dict(node.kwargs)))
+        given = tree_map(
+            lambda leaf: self._values.get(leaf) if isinstance(leaf, fx.Node) else leaf, (node.args, dict(node.kwargs))
+        )
         if not isinstance(node.target, torch._ops.OpOverload):
             return {str(number): value for number, value in enumerate(given[0])} | given[1]
         bound: dict[str, Any] = {}

@@ -83,7 +83,13 @@ class PruningReport:
     def __rich__(self) -> Table:
         """A table for the terminal."""
         table = Table(title=self.summary(), title_justify="left", caption=self._notes() or None, caption_justify="left")
-        for name, justify in (("weight", "left"), ("inputs", "right"), ("outputs", "right"), ("needed", "right"), ("empty", "right")):
+        for name, justify in (
+            ("weight", "left"),
+            ("inputs", "right"),
+            ("outputs", "right"),
+            ("needed", "right"),
+            ("empty", "right"),
+        ):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         table.add_column("multiply-adds", justify="right")
         table.add_column("why channels stay")
@@ -101,7 +107,9 @@ class PruningReport:
 
     def summary(self) -> str:
         """One line: parameters and multiply-adds before and after."""
-        compared = "" if self.difference is None else f"; outputs differ by {self.difference:.1e} of their largest value in float64"
+        compared = (
+            "" if self.difference is None else f"; outputs differ by {self.difference:.1e} of their largest value in float64"
+        )
         return (
             f"parameters {_change(self.parameters, self.parameters_after)} ({_share(self.parameters, self.parameters_after)}), "
             f"multiply-adds {_change(self.operations, self.operations_after)} "

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsefx.passes.channels.facts import Blocks, Facts, Grid
+from sparsefx.passes.channels.facts import Facts, Grid
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer
 
@@ -30,7 +30,8 @@ class Solution:
         self._rows_seen = [-1] * len(layers)
         self._reading: list[Mask] = [np.zeros(0, dtype=bool)] * len(layers)
         self._grids = [
-            (roots[grid.cells], None if grid.line is None else roots[grid.line]) for grid in reversed(_different(facts.grids, roots))
+            (roots[grid.cells], None if grid.line is None else roots[grid.line])
+            for grid in reversed(_different(facts.grids, roots))
         ]
         self._blocks = [
             (roots[blocks.rows], None if blocks.partner is None else roots[blocks.partner]) for blocks in reversed(facts.blocks)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsefx.errors import OptimizerError, StateError
+from sparsefx.model_record import model_records, watch
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.sparse_parameter import records_of
 
@@ -38,7 +41,9 @@ def check_fits(model: nn.Module, plan: ChannelPlan) -> None:
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     for name, shape in plan.shapes.items():
         if name not in tensors:
-            raise StateError(f"the plan cuts {name!r}, which {type(model).__name__} does not have; apply it to the same architecture")
+            raise StateError(
+                f"the plan cuts {name!r}, which {type(model).__name__} does not have; apply it to the same architecture"
+            )
         found = tuple(tensors[name].shape)
         if found != shape:
             raise StateError(
@@ -78,6 +83,7 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
     added = _add_biases(model, plan)
     for attribute in plan.attributes:
         setattr(model.get_submodule(attribute.module), attribute.name, attribute.after)
+    _refresh_records(model)
     for optimizer in optimizers:
         _follow(optimizer, named, new, added, plan)
 
@@ -111,6 +117,24 @@ def _cut_record(module: nn.Module, local_name: str, axes: Mapping[int, Tensor]) 
     if record.dormant is not None:
         record.dormant = cut(record.dormant, axes)
     record.threshold = None
+    record.warning = None
+
+
+def _refresh_records(model: nn.Module) -> None:
+    """Bring what is remembered of a sparsified model to the new shapes."""
+    for module, remembered in model_records(model):
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(remove_duplicate=False)}
+        remembered.layers = tuple(
+            replace(layer, shape=shapes[layer.parameter], flops=_scaled(layer.flops, layer.shape, shapes[layer.parameter]))
+            if layer.parameter in shapes
+            else layer
+            for layer in remembered.layers
+        )
+    watch(model)
+
+
+def _scaled(flops: int | None, before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
+    return None if flops is None else flops * math.prod(after) // max(1, math.prod(before))
 
 
 def _add_biases(model: nn.Module, plan: ChannelPlan) -> dict[str, nn.Parameter]:
@@ -127,7 +151,9 @@ def _add_biases(model: nn.Module, plan: ChannelPlan) -> dict[str, nn.Parameter]:
     return added
 
 
-def _check_state(optimizer: Optimizer, named: Mapping[int, str], plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_state(
+    optimizer: Optimizer, named: Mapping[int, str], plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     for parameter, state in optimizer.state.items():
         name = named.get(id(parameter), "")
         if name not in plan.kept:
@@ -141,7 +167,11 @@ def _check_state(optimizer: Optimizer, named: Mapping[int, str], plan: ChannelPl
 
 
 def _follow(
-    optimizer: Optimizer, named: Mapping[int, str], new: Mapping[str, Tensor], added: Mapping[str, nn.Parameter], plan: ChannelPlan
+    optimizer: Optimizer,
+    named: Mapping[int, str],
+    new: Mapping[str, Tensor],
+    added: Mapping[str, nn.Parameter],
+    plan: ChannelPlan,
 ) -> None:
     """Put the cut parameters in the place of the old ones; an added bias joins the group of its weight."""
     biases = {name.rpartition(".")[0]: bias for name, bias in added.items()}
@@ -157,7 +187,8 @@ def _follow(
                     optimizer.state.pop(parameter)
                     axes = plan.kept.get(name, {})
                     optimizer.state[replacement] = {
-                        key: cut(value, axes) if isinstance(value, Tensor) and value.dim() > 0 else value for key, value in old.items()
+                        key: cut(value, axes) if isinstance(value, Tensor) and value.dim() > 0 else value
+                        for key, value in old.items()
                     }
             followed.append(replacement)
             path, _, local_name = name.rpartition(".")

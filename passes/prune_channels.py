@@ -48,7 +48,7 @@ class ChannelPlanner:
         model: in any mode.
         args, kwargs: example inputs.
         multiple: widths are rounded up to multiples of it where enough channels are there; ``"auto"`` for the machine's.
-        trains: whether the next training step has to give the same loss too, so that only constants on which both modes agree count.
+        trains: whether the next training step has to give the same loss too, so that only constants of both modes count.
         seed: of the random inputs that the result is compared on.
         progress: called with what is done next.
     """
@@ -127,11 +127,12 @@ class ChannelPlanner:
             first = None
             if found is None:
                 return plan
-            suspects = self._suspects(found)
+            suspects = self._suspects(found) or self._all_layers()
             if not suspects:
                 raise VerificationError(
-                    f"the model without its empty channels does not give the same outputs ({found.told} in {found.where or 'the model'}), "
-                    "and no change of shape accounts for it. This is a bug in propagate_channels; the model is as before. Please report it"
+                    f"the model without its empty channels does not give the same outputs ({found.told} "
+                    f"in {found.where or 'the model'}), and nothing that was kept whole helped. This is a bug in prune_channels; "
+                    "the model is as before. Please report it"
                 )
             self._whole += suspects
             self._admit(suspects, failure, found)
@@ -168,6 +169,15 @@ class ChannelPlanner:
         groups = [_Group(tuple(labels), what) for what, labels in by_place.items()]
         mine = [group for group in groups if near is not None and group.what.endswith(f" in {near}")]
         return (mine if failure.where else []) or groups
+
+    def _all_layers(self) -> list[_Group]:
+        """The outputs of every layer that loses some: code may hold their number in ways that no op shows."""
+        whole = {group.what for group in self._whole}
+        return [
+            _Group((layer.read.out,), what)
+            for layer in self._layers
+            if not self._solution.stays[layer.out].all() and (what := f"outputs of {layer.read.weight.name}") not in whole
+        ]
 
     def _solved(self) -> ChannelPlan:
         unrounded = self._solution_for(1)

@@ -29,9 +29,10 @@ def channel_plan(
     """Which channels of ``model`` can go without a change of its outputs. Nothing is changed.
 
     A channel can go where it is constant whatever the inputs are, or where everything that reads it has zero weights for it; a
-    channel is everything that has to go with it, through residual connections, concatenations, reshapes and shared weights. Constants
-    go into the bias or the running mean behind the next layer, or, where padding stands in the way, ride on one constant
-    channel that stays. In a model sparsified by sparsefx a weight counts as what it holds at rest: the values that participate.
+    channel is everything that has to go with it, through residual connections, concatenations, reshapes and shared weights.
+    Constants go into the bias or the running mean behind the next layer, or, where padding stands in the way, ride on one
+    constant channel that stays. In a model that sparsefx made sparse a weight counts as what it holds at rest: the values that
+    participate; dormant ones go with their channels.
 
     The plan is checked before it is handed out: carried out on a float64 copy, outputs on the example inputs and on random ones
     are compared with the unpruned model's in eval mode.
@@ -99,8 +100,8 @@ def prune_channels_(
 ) -> ChannelPlan:
     """Remove empty channels in place, from the state of the optimizers too, so that training goes on with the smaller model.
 
-    With an optimizer only constants on which train and eval mode agree are removed: batch norm in train mode turns a constant channel
-    into its shift whatever the running statistics are. The loss of the next step is that of the unpruned model. All or
+    With an optimizer only constants on which train and eval mode agree are removed: batch norm in train mode turns a constant
+    channel into its shift whatever the running statistics are. The loss of the next step is that of the unpruned model. All or
     nothing: on failure model and optimizers are as before.
 
     Args:

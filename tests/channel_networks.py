@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 Choose = Callable[[int], int]
 
@@ -184,9 +184,9 @@ def _add(b: Builder) -> None:
 def _multiply(b: Builder) -> None:
     source = b.one()
     other = b.alike(source)
-    b.step(lambda net, x, y: x * torch.sigmoid(y) if sign else x * y, (source, other), (b.channels[source], b.sizes[source])) if (
-        sign := b.choose(2)
-    ) else b.step(lambda net, x, y: x * y, (source, other), (b.channels[source], b.sizes[source]))
+    gated = bool(b.choose(2))
+    made = (b.channels[source], b.sizes[source])
+    b.step(lambda net, x, y: x * torch.sigmoid(y) if gated else x * y, (source, other), made)
 
 
 def _squeeze(b: Builder) -> None:
@@ -218,9 +218,7 @@ def _concatenate(b: Builder) -> None:
     other = fitting[b.choose(len(fitting))]
     if b.channels[source] + b.channels[other] > 16:
         return
-    b.step(
-        lambda net, x, y: torch.cat((x, y), 1), (source, other), (b.channels[source] + b.channels[other], b.sizes[source])
-    )
+    b.step(lambda net, x, y: torch.cat((x, y), 1), (source, other), (b.channels[source] + b.channels[other], b.sizes[source]))
 
 
 def _split(b: Builder) -> None:
@@ -362,7 +360,7 @@ def _odd(b: Builder) -> None:
         lambda x: torch.softmax(x, 1),
         lambda x: x - x.mean(1, keepdim=True),
         lambda x: torch.cumsum(x, 1),
-        lambda x: torch.special.i0e(x),
+        torch.special.i0e,
     )
     chosen = functions[kind]
     b.step(lambda net, x: chosen(x), (source,), (b.channels[source], b.sizes[source]))

@@ -15,7 +15,7 @@ from sparsefx.passes.channels.value import Value, Weight, constant_along, nothin
 def attention(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """softmax(q k^T) v: queries, keys and values of a head are one class.
 
-    The scale depends on the head's size, so that nothing inside a head can go. A head whose values are constantly zero gives zero.
+    The scale depends on the head's size, so that nothing inside a head can go. A head whose values are always zero gives zero.
     """
     query, key, value = (propagation.value(arguments[name]) for name in ("query", "key", "value"))
     rank = len(query.shape)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import fx
 
 from sparsefx.passes.channels.graph import module_path, op_name
+from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
 from sparsefx.passes.channels.value import Floats, Value, along, constant_along, nothing_known
 
@@ -16,8 +18,8 @@ def contract(propagation: Propagation, node: fx.Node, operands: tuple[Value, Val
     """Sum over the letters that are not in ``output``.
 
     A letter that is summed over pairs the channels of both operands. A channel may go where one of the two is constantly
-    zero, else it is needed. Where labels vary along a letter that both operands and the output have (attention heads), all that stands
-    at one index of it goes together.
+    zero, else it is needed. Where labels vary along a letter that both operands and the output have (attention heads), all
+    that stands at one index of it goes together.
     """
     left, right = operands
     shape = shape_of(node)
@@ -88,12 +90,12 @@ def _by_index(
 
 def _summed(propagation: Propagation, node: fx.Node, operands: tuple[Value, Value], inputs: tuple[str, str], letter: str) -> None:
     """Pair the channels that are summed over, and pin those of which neither side is zero."""
-    vectors, zero = [], None
+    vectors: list[Integers] = []
+    zero: NDArray[np.bool_] = np.zeros(1, dtype=bool)
     for value, letters in zip(operands, inputs, strict=True):
         axis = letters.index(letter)
         vectors.append(along(value.labels, axis, value.shape[axis]))
-        empty = constant_along(value, axis) == 0
-        zero = empty if zero is None else zero | empty
+        zero = zero | (constant_along(value, axis) == 0)
     propagation.labels.union(vectors[0], vectors[1])
     propagation.pin_labels(vectors[0][~zero], f"{op_name(node)} sums over it", module_path(node))
 

@@ -23,7 +23,7 @@ def reshape(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) 
     if 0 in shape:
         return propagation.refuse(node, "makes an empty tensor")
     made = Value(shape, reshaped(value.labels, value.shape, shape), reshaped(value.constant, value.shape, shape))
-    return made if _same_long_axes(value.shape, shape) else propagation.changed_shape(node, made)
+    return propagation.changed_shape(node, made)
 
 
 def reshaped(array: Array, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
@@ -61,10 +61,6 @@ def _matched(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[tupl
         else:
             runs.append((tuple(range(first_i, i)), tuple(range(first_j, j))))
     return runs
-
-
-def _same_long_axes(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    return [size for size in before if size > 1] == [size for size in after if size > 1]
 
 
 def permute(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -187,7 +183,7 @@ def roll(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> 
     if not axes:
         return propagation.refuse(node, "rolls over flattened axes") if value.varying else value.forgotten()
     if op_name(node) == "flip":
-        numbers = [axis % rank for axis in axes]
+        numbers = tuple(axis % rank for axis in axes)
         return Value(value.shape, np.flip(value.labels, numbers), np.flip(value.constant, numbers))
     shifts = arguments["shifts"]
     shifts = [shifts] if isinstance(shifts, int) else list(shifts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from sparsefx.passes.channel_rules.elementwise import meet
@@ -18,10 +19,10 @@ from sparsefx.passes.channels.value import Value, Weight, along, shrunk
 def take(value: Value, axis: int, part: Any, *, keep: bool = True) -> Value:
     """Indices of one axis: ``part`` is a slice or an array of integers; without ``keep`` it has one, and the axis goes."""
     labels, constant = value.labels, value.constant
-    at = (slice(None),) * axis
-    size = len(np.arange(value.shape[axis])[part])
-    labels = labels[(*at, part)] if labels.shape[axis] > 1 else labels
-    constant = constant[(*at, part)] if constant.shape[axis] > 1 else constant
+    numbers = np.arange(value.shape[axis])[part]
+    size = len(numbers)
+    labels = labels.take(numbers, axis=axis) if labels.shape[axis] > 1 else labels
+    constant = constant.take(numbers, axis=axis) if constant.shape[axis] > 1 else constant
     shape = (*value.shape[:axis], size, *value.shape[axis + 1 :])
     if keep:
         return Value(shape, labels, shrunk(constant))
@@ -86,22 +87,25 @@ def getitem(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) 
 
 def index(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """index and index_select along one axis: literally where the indices are a constant of the model, or no labels vary there."""
-    given = arguments["indices"] if "indices" in arguments else [None] * (arguments["dim"] % len(arguments["self"].shape))
+    given: list[Any] = list(arguments.get("indices") or [])
     if "index" in arguments:
-        given = [*given, arguments["index"]]
+        given = [None] * (arguments["dim"] % len(arguments["self"].shape)) + [arguments["index"]]
     named = [axis for axis, indices in enumerate(given) if indices is not None]
     value = propagation.value(arguments["self"])
     for axis in named:
         propagation.pin(given[axis], f"{op_name(node)} takes it for indices", module_path(node))
-    if len(named) != 1 or not given[named[0]].shape or node.meta["val"].dim() == 0:
-        plain = not value.varying & set(named) and named == list(range(named[0], named[-1] + 1)) if named else False
-        return _around(node, value, named) if plain else propagation.refuse(node, "takes indices of several axes")
+    if any(source.meta["val"].dtype == torch.bool for source in node.all_input_nodes[1:]):
+        return propagation.refuse(node, "takes elements by a mask")
+    if len(named) != 1:
+        # Side by side their axes become one run of axes; apart they move to the front.
+        beside = bool(named) and named == list(range(named[0], named[-1] + 1)) and not value.varying & set(named)
+        return _around(node, value, named) if beside else propagation.refuse(node, "takes indices of several axes")
     axis, indices = named[0], given[named[0]]
     if value.labels.shape[axis] == 1:
         return _around(node, value, named)
     if not isinstance(indices, Weight) or indices.tensor.is_floating_point() or indices.tensor.device.type == "meta":
         return propagation.refuse(node, "takes channels by indices that are not constant")
-    numbers = indices.tensor.nonzero().flatten() if str(indices.tensor.dtype) == "torch.bool" else indices.tensor
+    numbers = indices.tensor
     flat = take(value, axis, numbers.cpu().numpy().reshape(-1) % value.shape[axis])
     propagation.facts.views.append((module_path(node), value.labels))
     if numbers.dim() == 1:
@@ -131,14 +135,11 @@ def _around(node: fx.Node, value: Value, named: list[int]) -> Value:
 def gather(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """Elements by indices along an axis without channels."""
     value = propagation.value(arguments["self"])
-    axis = arguments["dim"] % max(1, len(value.shape))
     if value.varying or not value.shape:
         return propagation.refuse(node, "takes elements by indices")
     propagation.pin(arguments["index"], "gather takes it for indices", module_path(node))
-    del axis
-    return Value(
-        shape_of(node), value.labels, np.full_like(value.constant, np.nan) if value.constant.size > 1 else value.constant
-    )
+    same = value.constant if value.constant.size == 1 else np.full((1,) * len(value.shape), np.nan)
+    return Value(shape_of(node), value.labels, same)
 
 
 def pad(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -187,7 +188,7 @@ def scatter_part(propagation: Propagation, node: fx.Node, arguments: dict[str, A
     """slice_scatter and select_scatter: a part of a tensor is replaced, along an axis without channels."""
     value, part = propagation.value(arguments["self"]), propagation.value(arguments["src"])
     axis = arguments["dim"] % len(value.shape)
-    if value.labels.shape[axis] > 1 or part.labels.shape[-1 if not part.shape else 0 : 0]:
+    if value.labels.shape[axis] > 1:
         return propagation.refuse(node, "writes into a range of channels")
     if op_name(node) == "select_scatter":
         part = Value(

@@ -160,10 +160,10 @@ def _report(
         layer = by_name.get(name)
         if layer is None:  # depthwise: outputs are inputs
             labels = solution.roots[facts.axes[name, 0]]
-            into, lost, used = labels, 0, (tensor.detach() != 0).flatten(1).any(1).cpu().numpy()
+            into, lost, empty = labels, 0, int((tensor.detach() == 0).flatten(1).all(1).sum())
         else:
             labels, into = layer.out, layer.into
-            lost, used = int(lost_constants(solution, layer).sum()), layer.used.any(axis=1)
+            lost, empty = int(lost_constants(solution, layer).sum()), int((~layer.used.any(axis=1)).sum())
         rows.append(
             LayerWidths(
                 weight=name,
@@ -172,7 +172,7 @@ def _report(
                 inputs_after=int(solution.stays[into].sum()),
                 outputs_after=int(solution.stays[labels].sum()),
                 outputs_needed=int(unrounded.stays[labels].sum()),
-                empty=int((~used).sum()),
+                empty=empty,
                 folded=lost,
                 operations=size * number,
                 operations_after=left * number,

@@ -1,7 +1,7 @@
 """Constants that cannot become a bias, because padding would not be padded with them, ride on one channel that stays.
 
-Of all constant channels that a padded convolution loses, ``sum_k c_k w_k`` is added to the weights of one constant channel that is
-kept, divided by that channel's constant: exact at the border too, whatever stride, padding and dilation are.
+Of all constant channels that a padded convolution loses, ``sum_k c_k w_k`` is added to the weights of one constant channel
+that is kept, divided by that channel's constant: exact at the border too, whatever stride, padding and dilation are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def carrier(solution: Solution, layer: Layer, group: slice) -> int | None:
     usable = solution.needed[layer.into[group]] & (constant != 0)
     if not usable.any():
         return None
-    return group.start + int(np.argmax(np.where(usable, np.abs(constant), 0)))
+    largest = int(np.argmax(np.where(usable, np.abs(constant), 0)))
+    return int(group.start) + largest
 
 
 def input_groups(layer: Layer) -> list[slice]:

@@ -73,8 +73,8 @@ def capture_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         except Exception as error:  # export may raise anything, from its own refusals to the model's own errors
             told = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise CaptureError(
-                f"channels of {type(model).__name__} cannot be followed: torch.export refuses it ({told}); prune the largest of its "
-                "submodules that can be exported, each with inputs of its own"
+                f"channels of {type(model).__name__} cannot be followed: torch.export refuses it ({told}); prune the largest of "
+                "its submodules that can be exported, each with inputs of its own"
             ) from error
     outputs = frozenset(name for name in program.graph_signature.user_outputs if isinstance(name, str))
     return ChannelGraph(program.graph, _weights(model, program), outputs, training)
@@ -83,9 +83,7 @@ def capture_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module that was running when this node was made."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for path, _ in stack.values():
-        pass
+    path = list(stack.values())[-1][0] if stack else ""
     # A module that is called a second time has "@1" behind its name.
     return str(path).partition("@")[0]
 

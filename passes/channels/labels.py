@@ -13,7 +13,7 @@ PINNED = 0
 class Labels:
     """Integer labels, some of which are known to stand for channels that are removed together.
 
-    Label 0 is `PINNED`. All operations take arrays, so that their number grows with the nodes of a graph and not with its channels.
+    Label 0 is `PINNED`. Operations take arrays: their number grows with the nodes of a graph, not with its channels.
     """
 
     def __init__(self) -> None:

@@ -66,8 +66,8 @@ def merge_reads(model: nn.Module, propagation: Propagation, roots: Integers, *, 
         model: the model itself.
         propagation: what was found out.
         roots: class of each label.
-        trains: whether constants have to agree with train mode too. Otherwise its reads count for weights alone that eval mode does
-            not read, those of auxiliary heads.
+        trains: whether constants have to agree with train mode too. Otherwise its reads count for weights alone that eval mode
+            does not read, those of auxiliary heads.
     """
     by_weight: dict[str, list[Read]] = {}
     for read in propagation.facts.reads:

@@ -69,7 +69,7 @@ class Propagation:
             lambda leaf: self._values.get(leaf) if isinstance(leaf, fx.Node) else leaf, (node.args, dict(node.kwargs))
         )
         if not isinstance(node.target, torch._ops.OpOverload):
-            return {str(number): value for number, value in enumerate(given[0])} | given[1]
+            return {**{str(number): value for number, value in enumerate(given[0])}, **given[1]}
         bound: dict[str, Any] = {}
         for number, argument in enumerate(node.target._schema.arguments):
             if number < len(given[0]):
@@ -120,11 +120,13 @@ class Propagation:
             self.facts.axes[key] = self.labels.fresh(size)
         return self.facts.axes[key]
 
-    def value(self, given: Value | Weight) -> Value:
+    def value(self, given: Any) -> Value:
         """A weight as data: labels along its axes, constants what it holds."""
         if isinstance(given, Value):
             return given
-        return self._as_data(given)
+        if isinstance(given, Weight):
+            return self._as_data(given)
+        raise TypeError(f"a rule asked for a tensor and found {type(given).__name__}")
 
     def _as_data(self, weight: Weight) -> Value:
         tensor = weight.tensor

@@ -1,7 +1,7 @@
 """Decides which channels stay: those whose values are needed, and those that the shape of what is left needs.
 
-A class of channels is *needed* where it is pinned, or where a needed output reads it through a weight other than zero and it is no
-constant that could be folded away. What is needed is computed exactly as before. A class that stays without being needed is a
+A class of channels is *needed* where it is pinned, or where a needed output reads it through a weight other than zero and it is
+no constant that could be folded away. What is needed is computed exactly as before. A class that stays without being needed is a
 *filler*: nobody relies on its value. Both sets only grow, so that the result is the largest removal that these facts allow.
 """
 
@@ -95,7 +95,7 @@ class Solution:
         stays, changed = self.stays[cells], False
         if line is not None:
             repeated = tuple(axis for axis in range(cells.ndim) if line.shape[axis] == 1 and cells.shape[axis] > 1)
-            changed |= self.need(line[self.needed[cells].any(axis=repeated, keepdims=True)])
+            changed = self.need(line[self.needed[cells].any(axis=repeated, keepdims=True)])
             changed |= self.keep(line[stays.any(axis=repeated, keepdims=True)])
         kept = np.ones_like(stays)
         for axis in range(cells.ndim):
@@ -124,8 +124,8 @@ def reading(layer: Layer, rows: Mask) -> Mask:
     """Which inputs these outputs have a weight other than zero for; shape [groups * C]."""
     groups = layer.read.groups
     if groups == 1:
-        whole: Mask = layer.used.any(axis=0) if rows.all() else layer.used[rows].any(axis=0)
-        return whole
+        chosen = layer.used if rows.all() else layer.used[rows]
+        return np.asarray(chosen.any(axis=0))
     used = layer.used & rows[:, None]
     by_group: Mask = used.reshape(groups, -1, used.shape[1]).any(axis=1).ravel()
     return by_group

@@ -47,8 +47,8 @@ def check_fits(model: nn.Module, plan: ChannelPlan) -> None:
         found = tuple(tensors[name].shape)
         if found != shape:
             raise StateError(
-                f"the plan cuts {name!r} of shape {list(shape)}, but here it has {list(found)}; apply it to an unpruned model of the "
-                "same architecture"
+                f"the plan cuts {name!r} of shape {list(shape)}, but here it has {list(found)}; apply it to an unpruned "
+                "model of the same architecture"
             )
     for name in plan.new_biases:
         path, _, local_name = name.rpartition(".")
@@ -74,7 +74,8 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
     for optimizer in optimizers:
         _check_state(optimizer, named, plan, shapes)
     for module in model.modules():
-        for slots in (module._parameters, module._buffers):
+        every: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for slots in every:
             for local_name, tensor in list(slots.items()):
                 name = named.get(id(tensor), "") if tensor is not None else ""
                 if name in new:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -135,13 +135,17 @@ class ValueTrial:
     def difference(self, plan: ChannelPlan) -> float:
         """The largest difference of an output between the pruned and the unpruned model, relative to its largest value.
 
-        Infinite where an output has another shape or type, or is not a number in other places.
+        Infinite where the pruned model does not run, or an output has another shape or type, or is not a number in other places.
         """
         model = copy.deepcopy(self._model)
         carry_out(model, plan)
         worst = 0.0
         for inputs, expected in zip(self._inputs, self._expected, strict=True):
-            worst = max(worst, _difference(self._outputs(model, inputs, self._seed), expected))
+            try:
+                made = self._outputs(model, inputs, self._seed)
+            except Exception:  # what the model's own code raises, say on an index that is no channel any more
+                return float("inf")
+            worst = max(worst, _difference(made, expected))
         return worst
 
     def _outputs(self, model: nn.Module, inputs: Arguments, seed: int) -> list[Any]:
@@ -185,6 +189,3 @@ def _of_one(made: Any, expected: Any) -> float:
     gap = (made - expected)[known].abs().max() if known.any() else torch.zeros(())
     scale = expected[known].abs().max() if known.any() else torch.ones(())
     return float(gap / scale) if scale > 0 else float(gap)
-
-
-Test = Callable[[ChannelPlan], Failure | None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from torch import Tensor
 from sparsefx.passes.channels.labels import PINNED, Integers
 
 Floats = NDArray[np.float64]
+Numbers = TypeVar("Numbers", Integers, Floats)
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,16 @@ def shrunk(constant: Floats) -> Floats:
     return constant if known.all() else np.where(known, constant, np.nan)
 
 
-def spread(array: NDArray[np.generic], shape: tuple[int, ...], axes: frozenset[int]) -> NDArray[np.generic]:
+def spread(array: Numbers, shape: tuple[int, ...], axes: frozenset[int]) -> Numbers:
     """``array`` with these axes repeated to their full size."""
     wanted = tuple(shape[axis] if axis in axes else size for axis, size in enumerate(array.shape))
-    return np.broadcast_to(array, wanted)
+    made: Numbers = np.broadcast_to(array, wanted)
+    return made
 
 
-def along(array: NDArray[np.generic], axis: int, size: int) -> NDArray[np.generic]:
+def along(array: Integers, axis: int, size: int) -> Integers:
     """The vector of an array that varies along one axis at most; shape [size]."""
-    vector: NDArray[np.generic] = np.moveaxis(array, axis, 0).reshape(array.shape[axis])
+    vector: Integers = np.moveaxis(array, axis, 0).reshape(array.shape[axis])
     return np.broadcast_to(vector, (size,))
 
 

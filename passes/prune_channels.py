@@ -76,6 +76,7 @@ class ChannelPlanner:
         self._propagation: Propagation = propagate_channels(model, graphs)
         self._roots = self._propagation.labels.roots()
         self._layers: list[Layer] = merge_reads(model, self._propagation, self._roots, trains=trains)
+        self._patterns = [(layer, pattern) for layer in self._layers if (pattern := pattern_of(model, layer)) is not None]
         self._whole: list[_Group] = []
         self._told: dict[str, str] = {}
 
@@ -212,11 +213,7 @@ class ChannelPlanner:
     def _repaired(self, solution: Solution) -> bool:
         """Keep whole groups of four (or M) where a weight would lose its N:M pattern; True where some were kept."""
         changed = False
-        for layer in self._layers:
-            pattern = pattern_of(self._model, layer)
-            if pattern is None:
-                continue
-            n, m, both = pattern
+        for layer, (n, m, both) in self._patterns:
             rows, columns = solution.stays[layer.out], solution.stays[layer.into]
             if rows.all() and columns.all():
                 continue

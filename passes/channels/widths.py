@@ -12,8 +12,6 @@ from sparsefx.passes.channels.solve import Solution
 from sparsefx.patterns import NOfM, Transposable
 from sparsefx.sparse_parameter import records_of
 
-_COLUMNS_SEEN = 4
-
 
 def machine_multiple(device: torch.device) -> int:
     """The step in which widths pay: what a vector register holds of float32, or a Tensor Core's tile.
@@ -33,11 +31,12 @@ def round_widths(solution: Solution, layers: list[Layer], multiple: int) -> None
     """
     if multiple <= 1:
         return
-    for layer in layers:
-        if layer.read.groups > 1:
-            continue
-        relied = _relied_on(solution, layers)
-        _round(solution, layer.out, multiple, relied)
+    relied = _relied_on(solution, layers)
+    while True:
+        rounded = [_round(solution, layer.out, multiple, relied) for layer in layers if layer.read.groups == 1]
+        if not any(rounded):
+            return
+        # What stays now may be read, so that others stay too.
         solution.settle()
 
 
@@ -49,20 +48,22 @@ def _relied_on(solution: Solution, layers: list[Layer]) -> Integers:
     return relied
 
 
-def _round(solution: Solution, classes: Integers, multiple: int, relied: Integers) -> None:
+def _round(solution: Solution, classes: Integers, multiple: int, relied: Integers) -> bool:
     stays = solution.stays[classes]
     count = int(stays.sum())
     target = -(-count // multiple) * multiple
     if target > len(classes) or target == count:
-        return
+        return False
+    changed = False
     absent = np.flatnonzero(~stays)
     order = absent[np.argsort(relied[classes[absent]], kind="stable")]
     for index in order:
         size = int((classes == classes[index]).sum())
         if solution.stays[classes[index]] or count + size > target:
             continue
-        solution.keep(classes[index : index + 1])
+        changed |= solution.keep(classes[index : index + 1])
         count += size
+    return changed
 
 
 def pattern_of(model: nn.Module, layer: Layer) -> tuple[int, int, bool] | None:
@@ -75,7 +76,8 @@ def pattern_of(model: nn.Module, layer: Layer) -> tuple[int, int, bool] | None:
             return pattern.n, pattern.m, isinstance(pattern, Transposable)
         return None
     used = layer.used
-    if used.shape[1] % 4 or used.shape[0] < _COLUMNS_SEEN or not holds(layer.read.weight.tensor, layer.read.in_axis, 2, 4):
+    weight = layer.read.weight.tensor
+    if used.shape[1] % 4 or int(torch.count_nonzero(weight)) > weight.numel() // 2 or not holds(weight, layer.read.in_axis, 2, 4):
         return None
     # Groups of which two columns are empty anyway are no pattern: it has to leave more than two columns in use.
     columns = used.any(axis=0).reshape(-1, 4).sum(axis=1)

@@ -26,6 +26,8 @@ from sparsefx.passes.propagate_channels import propagate_channels
 
 TOLERANCE = 1e-9
 """Largest difference in float64, relative to an output's largest value, that rounding accounts for."""
+NOISE = 30
+"""How many times the model's own noise under rounded weights is still rounding, where the model is noisier than that."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class ChannelPlanner:
 
         def differs(candidate: ChannelPlan) -> Failure | None:
             differences.append(values.difference(candidate))
-            if differences[-1] <= TOLERANCE:
+            if differences[-1] <= TOLERANCE or differences[-1] <= NOISE * values.noise():
                 return None
             return shapes.failure(candidate) or Failure("", f"outputs differ by {differences[-1]:.1e} of their largest value")
 

@@ -13,6 +13,7 @@ from sparsefx.passes.channel_rules import (
     normalization,
     pooling,
     products,
+    recurrent,
     reductions,
     selection,
 )
@@ -28,5 +29,6 @@ RULES: dict[str, Rule] = {
     **pooling.RULES,
     **reductions.RULES,
     **attention.RULES,
+    **recurrent.RULES,
 }
 """Rules by the name of the op without overload; an in-place op has the rule of its plain form."""

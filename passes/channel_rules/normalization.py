@@ -57,6 +57,7 @@ def _per_channel(
     """The parameters along axis 1 as numbers, and the value with their labels joined to its own."""
     if value.varying - {1} or len(value.shape) < 2:
         return None
+    propagation.facts.normalized[module_path(node)] = np.broadcast_to(value.labels.reshape(-1), (value.shape[1],))
     vectors: dict[str, Floats] = {}
     labels = value.labels
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -140,10 +141,22 @@ def softmax(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) 
 
 def along_axes(propagation: Propagation, node: fx.Node, value: Value, axes: list[int]) -> Any:
     """The same shape, each element computed from all of its row along these axes."""
-    numbers = {axis % max(1, len(value.shape)) for axis in axes}
-    if value.varying & numbers:
+    numbers = frozenset(axis % max(1, len(value.shape)) for axis in axes)
+    return tied(propagation, node, value, numbers).forgotten()
+
+
+def tied(propagation: Propagation, node: fx.Node, value: Value, axes: frozenset[int]) -> Value:
+    """What is computed from whole rows along these axes: a row stays or goes as one; pinned where it is all there is."""
+    if not value.varying & axes:
+        return value
+    if not value.varying - axes:
         propagation.pin(value, f"{op_name(node)} runs over channels", module_path(node))
-    return value.forgotten()
+        return value
+    first = value.labels
+    for axis in value.varying & axes:
+        first = first.take([0], axis=axis)
+    propagation.labels.union(value.labels, first)
+    return Value(value.shape, first, value.constant)
 
 
 def cumulative(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from sparsefx.passes.channel_rules.normalization import tied
 from sparsefx.passes.channels.graph import module_path, op_name
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
 from sparsefx.passes.channels.value import Value
@@ -23,14 +24,11 @@ def reduction(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
     axes = [given] if isinstance(given, int) else list(given or range(rank))
     numbers = sorted(axis % max(rank, 1) for axis in axes)
     made = node.meta["val"]
-    if isinstance(made, (tuple, list)):
-        return (
-            propagation.refuse(node, "gives several results") if value.varying & set(numbers) else _several(node, value, numbers)
-        )
-    if value.varying & set(numbers):
-        propagation.pin(value, f"{op_name(node)} runs over channels", module_path(node))
-    elif not value.varying:
+    value = tied(propagation, node, value, frozenset(numbers))
+    if not value.varying:
         propagation.pin(value, f"{op_name(node)} reads it", module_path(node))
+    if isinstance(made, (tuple, list)):
+        return _several(node, value, numbers)
     return _reduced(node, value, numbers, shape_of(node))
 
 

@@ -14,7 +14,11 @@ Shape = tuple[int, ...]
 
 
 def changed_attributes(
-    model: nn.Module, tensors: Mapping[str, Tensor], after: Mapping[str, Shape], groups: Mapping[str, int]
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    after: Mapping[str, Shape],
+    groups: Mapping[str, int],
+    normalized: Mapping[str, int],
 ) -> Iterator[Attribute]:
     """What the modules of a model have to hold after a cut.
 
@@ -23,6 +27,7 @@ def changed_attributes(
         tensors: its parameters and buffers by first name.
         after: their shapes after the cut.
         groups: number of groups left in each grouped convolution, by the name of its weight.
+        normalized: number of channels left in what each module of a normalization takes, by its path.
     """
     names = {id(tensor): name for name, tensor in tensors.items()}
     for path, module in model.named_modules():
@@ -32,6 +37,8 @@ def changed_attributes(
                 shapes[local_name] = after[names[id(tensor)]]
         weight = module._parameters.get("weight")
         left = groups.get(names.get(id(weight), ""))
+        if path in normalized and "weight" not in shapes and isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+            shapes["weight"] = (normalized[path],)
         for name, value in _numbers(module, shapes, left):
             before = getattr(module, name, None)
             if before is not None and before != value:
@@ -45,6 +52,8 @@ def _numbers(module: nn.Module, shapes: Mapping[str, Shape], groups: int | None)
         lengths = [shapes[name][0] for name in ("weight", "running_mean") if name in shapes]
         if lengths:
             yield "num_features", lengths[0]
+    if isinstance(module, nn.RNNBase) and "weight_ih_l0" in shapes:
+        yield "input_size", shapes["weight_ih_l0"][1]
     if shape is None:
         return
     if isinstance(module, nn.modules.conv._ConvTransposeNd):

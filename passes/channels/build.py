@@ -54,7 +54,8 @@ def build_plan(
             if layer.fold is not None and layer.fold.new and name == layer.fold.tensor:
                 new_biases[name] = len(positions)
     groups = {name: _groups_left(rows, solution) for name, (rows, _) in facts.gathered.items()}
-    attributes = tuple(changed_attributes(model, tensors, after, groups)) if kept else ()
+    normalized = {path: int(solution.stays[solution.roots[labels]].sum()) for path, labels in facts.normalized.items()}
+    attributes = tuple(changed_attributes(model, tensors, after, groups, normalized)) if kept else ()
     report = _report(model, facts, layers, solution, unrounded, after, new_biases, moved, multiple, refused)
     return ChannelPlan(kept, shapes, new_biases, moved, attributes, report)
 

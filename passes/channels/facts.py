@@ -89,5 +89,7 @@ class Facts:
     """Label of each index of an axis of a parameter or buffer."""
     elements: dict[str, Integers] = field(default_factory=dict)
     """Label of each element of a parameter that is used as it is, along several axes."""
+    normalized: dict[str, Integers] = field(default_factory=dict)
+    """Labels of the channels that a normalization in this module takes, which may have no parameters to tell their number."""
     gathered: dict[str, tuple[Integers, Integers]] = field(default_factory=dict)
     """Weights of grouped convolutions: labels of outputs and of inputs, one row a group."""

@@ -85,6 +85,10 @@ class Propagation:
         self.pin_all(node, f"{op_name(node)} {why}")
         return _unknown_of(node)
 
+    def unknown_of(self, node: fx.Node) -> Any:
+        """What can be anything and cannot be removed, in the structure of what the node makes."""
+        return _unknown_of(node)
+
     def pin_all(self, node: fx.Node, reason: str) -> None:
         """Pin the channels of every input of a node."""
         for source in node.all_input_nodes:
@@ -181,7 +185,9 @@ class Propagation:
 
     def count(self, node: fx.Node, weight: Weight, outputs: int) -> None:
         """Note how often a call multiplies by each value of its weight."""
-        self.facts.work.append((weight.name, math.prod(shape_of(node)) // outputs))
+        made = node.meta["val"]
+        made = made[0] if isinstance(made, (tuple, list)) else made
+        self.facts.work.append((weight.name, max(1, math.prod(int(size) for size in made.shape) // outputs)))
 
     def _shift_behind(self, node: fx.Node) -> str:
         readers = list(node.users)

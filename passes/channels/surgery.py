@@ -81,6 +81,9 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
                 if name in new:
                     slots[local_name] = new[name]
                     _cut_record(module, local_name, plan.kept.get(name, {}))
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # its own list of its parameters
     added = _add_biases(model, plan)
     for attribute in plan.attributes:
         setattr(model.get_submodule(attribute.module), attribute.name, attribute.after)

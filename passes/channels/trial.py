@@ -124,10 +124,14 @@ class ValueTrial:
 
     def __init__(self, model: nn.Module, arguments: Arguments, seed: int) -> None:
         self._model = copy_with(model, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor).eval()
-        generator = torch.Generator().manual_seed(seed)
-        self._inputs = tree_map(lambda leaf: _random_like(leaf, generator), arguments)
+        self._generator = torch.Generator().manual_seed(seed)
         self._seed = seed
+        self._inputs = tree_map(lambda leaf: _random_like(leaf, self._generator), arguments)
         self._expected = self._outputs(self._model)
+        if not all(_is_finite(leaf) for leaf in self._expected):
+            # Random numbers are no input for this model; its own example is.
+            self._inputs = tree_map(lambda leaf: leaf.double() if _is_floating(leaf) else leaf, arguments)
+            self._expected = self._outputs(self._model)
 
     def difference(self, plan: ChannelPlan) -> float:
         """The largest difference of an output between the pruned and the unpruned model, relative to its largest value.
@@ -142,12 +146,31 @@ class ValueTrial:
             return float("inf")
         return _difference(made, self._expected)
 
+    def noise(self) -> float:
+        """How far outputs move where every weight moves by rounding: code may compute in float32, or amplify what it is given."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            change = torch.randn(tensor.shape, dtype=tensor.dtype, generator=self._generator).to(tensor.device)
+            return tensor * (1 + 1e-15 * change)
+
+        return _difference(self._outputs(copy_with(self._model, moved)), self._expected)
+
     def _outputs(self, model: nn.Module) -> list[Any]:
         args, kwargs = copies(*self._inputs)
         with unchanged(model), torch.no_grad():
             # Code that draws random numbers in eval mode draws the same ones.
             torch.manual_seed(self._seed)
             return tree_leaves(model(*args, **kwargs))
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _is_finite(leaf: Any) -> bool:
+    return not _is_floating(leaf) or bool(torch.isfinite(leaf).all())
 
 
 def _random_like(leaf: Any, generator: torch.Generator) -> Any:

@@ -78,7 +78,11 @@ def pattern_of(model: nn.Module, layer: Layer) -> tuple[int, int, bool] | None:
     used = layer.used
     weight = layer.read.weight.tensor
     # Sparse Tensor Cores take weights from 16 channels on.
-    if used.shape[1] % 16 or int(torch.count_nonzero(weight)) > weight.numel() // 2 or not holds(weight, layer.read.in_axis, 2, 4):
+    if (
+        used.shape[1] % 16
+        or int(torch.count_nonzero(weight)) > weight.numel() // 2
+        or not holds(weight, layer.read.in_axis, 2, 4)
+    ):
         return None
     # Groups of which two columns are empty anyway are no pattern: it has to leave more than two columns in use.
     columns = used.any(axis=0).reshape(-1, 4).sum(axis=1)

@@ -34,8 +34,9 @@ def _filled(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 1.5)
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_()
+            if module.affine:
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_()
     return model.eval()
 
 
@@ -71,7 +72,11 @@ IMAGE = (2, 3, 8, 8)
 def test_constants_go_through_functions_into_the_next_bias(function: Callable[[Tensor], Tensor]) -> None:
     model = _filled(
         nn.Sequential(
-            nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), Around(lambda _, x: function(x)), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 3)
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            Around(lambda _, x: function(x)),
+            nn.Conv2d(6, 4, 1),
+            nn.Conv2d(4, 2, 3),
         )
     )
     _empty(model[0].weight, 1, 4)  # type: ignore[arg-type]
@@ -84,7 +89,9 @@ def test_constants_go_through_functions_into_the_next_bias(function: Callable[[T
 
 
 def test_behind_padding_constants_ride_on_one_channel() -> None:
-    model = _filled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.Conv2d(4, 2, 1)))
+    model = _filled(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.Conv2d(4, 2, 1))
+    )
     _empty(model[0].weight, 0, 2, 5, 7)  # type: ignore[arg-type]
     small, plan = _pruned(model, torch.randn(IMAGE))
     assert _widths(small)["0.weight"] == (5, 3, 3, 3), "four live filters and one carrier"
@@ -204,6 +211,22 @@ def test_group_norm_loses_whole_groups_only() -> None:
     _empty(model[0].weight, 0, 2, 3)  # type: ignore[arg-type]
     small, _ = _pruned(model, torch.randn(IMAGE))
     assert (small[1].num_groups, small[1].num_channels) == (3, 6)  # type: ignore[index]
+
+
+def test_normalizations_without_parameters_know_their_new_width() -> None:
+    model = _filled(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 1),
+            nn.InstanceNorm2d(8),
+            nn.GroupNorm(4, 8, affine=False),
+            nn.BatchNorm2d(8, affine=False),
+            nn.Conv2d(8, 2, 1),
+        )
+    )
+    _empty(model[0].weight, 0, 2, 3)  # type: ignore[arg-type]
+    small, _ = _pruned(model, torch.randn(IMAGE))
+    assert small[1].num_features == small[2].num_channels == small[3].num_features == 6  # type: ignore[index]
+    assert small[2].num_groups == 3  # type: ignore[index]
 
 
 def test_layer_norm_pins_what_it_takes_statistics_over_and_says_so() -> None:
@@ -332,3 +355,30 @@ def test_a_model_without_empty_channels_stays_as_it_is() -> None:
     small, plan = _pruned(model, torch.randn(IMAGE))
     assert plan.empty
     assert _widths(small) == _widths(model)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_read_their_input_like_linear_ones(kind: type[nn.RNNBase]) -> None:
+    model = Around(
+        lambda m, x: m.head(m.cells(torch.sigmoid(m.stem(x)))[0]),
+        stem=nn.Linear(5, 8),
+        cells=kind(8, 6, num_layers=2, bidirectional=True, batch_first=True),
+        head=nn.Linear(12, 3),
+    )
+    _empty(model.stem.weight, 1, 3, 6)  # type: ignore[arg-type, union-attr]
+    small, _ = _pruned(model.eval(), torch.randn(2, 4, 5))
+    assert small.cells.input_size == 5  # type: ignore[union-attr]
+    assert small.cells.weight_ih_l0_reverse.shape == (24 if kind is nn.LSTM else 18, 5)  # type: ignore[union-attr]
+
+
+def test_softmax_over_paths_keeps_them_and_lets_channels_go() -> None:
+    model = Around(
+        lambda m, x: m.head((torch.stack((m.a(x), m.b(x)), 1) * torch.softmax(torch.stack((m.a(x), m.b(x)), 1), 1)).sum(1)),
+        a=nn.Conv2d(3, 6, 1, bias=False),
+        b=nn.Conv2d(3, 6, 1, bias=False),
+        head=nn.Conv2d(6, 2, 1),
+    )
+    _empty(model.a.weight, 0, 1)  # type: ignore[arg-type, union-attr]
+    _empty(model.b.weight, 1, 2)  # type: ignore[arg-type, union-attr]
+    small, _ = _pruned(model.eval(), torch.randn(IMAGE))
+    assert _widths(small)["a.weight"][0] == 5

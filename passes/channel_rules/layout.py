@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from sparsefx.passes.channel_rules.elementwise import meet
+from sparsefx.passes.channels.facts import Blocks
 from sparsefx.passes.channels.graph import op_name
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
 from sparsefx.passes.channels.value import Value, Weight, spread
@@ -236,6 +237,9 @@ def channel_shuffle(propagation: Propagation, node: fx.Node, arguments: dict[str
     order = (0, 2, 1, *range(3, len(split)))
     parted = Value(split, reshaped(value.labels, value.shape, split), reshaped(value.constant, value.shape, split))
     parted = propagation.changed_shape(node, parted)
+    if parted.varying == {1, 2}:
+        # Their number is the op's: no group goes as a whole.
+        propagation.add_blocks(Blocks(np.ascontiguousarray(parted.labels.reshape(groups, -1))))
     turned = tuple(split[axis] for axis in order)
     return Value(
         value.shape,

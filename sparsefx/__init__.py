@@ -9,8 +9,10 @@ from sparsefx.lottery import lottery_ticket
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
+from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.quantize_onnx import quantize_onnx
 from sparsefx.permutation import kept_magnitude, search_permutation
+from sparsefx.pruning import apply_channel_plan, channel_plan, channel_plan_of, prune_channels, prune_channels_
 from sparsefx.runtime import MaskRuntime
 
 try:
@@ -19,13 +21,17 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "ChannelPlan",
     "Eligibility",
     "MaskRuntime",
     "SparsefxError",
     "algorithms",
+    "apply_channel_plan",
     "attach",
     "audit",
     "audit_onnx",
+    "channel_plan",
+    "channel_plan_of",
     "compact_onnx",
     "densify_onnx",
     "export_onnx",
@@ -36,6 +42,8 @@ __all__ = [
     "lottery_ticket",
     "masks",
     "patterns",
+    "prune_channels",
+    "prune_channels_",
     "quantize_onnx",
     "schedules",
     "search_permutation",

@@ -1,4 +1,4 @@
-"""The command line: ``sparsefx audit``, ``sparsefx export``, ``sparsefx demo``.
+"""The command line: ``sparsefx audit``, ``sparsefx export``, ``sparsefx prune``, ``sparsefx demo``.
 
 Exit status 0 on success, 1 where sparsefx refuses or fails (one line on stderr), 2 for a command line that is wrong.
 Model libraries and the ONNX tools are imported by the commands that need them, when they run.
@@ -184,6 +184,52 @@ def compact(file: OnnxFile, out: Rewritten = None, debug: Debug = False) -> None
         with _busy(f"rewriting {file}"):
             report = compact_onnx(file, out)
         typer.echo(str(report))
+
+
+@app.command()
+def prune(
+    target: TargetArgument,
+    weights: Annotated[
+        Path | None, typer.Option(help="A state_dict to load: .safetensors, or .pt as torch.save wrote it.", metavar="FILE")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the smaller model's state_dict: .safetensors or .pt.", metavar="FILE")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the plan (.safetensors), which cuts a fresh model to the same shapes.", metavar="FILE"),
+    ] = None,
+    multiple: Annotated[
+        str, typer.Option(help="Round widths up to multiples of this: a number, or auto for what the machine computes in.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    input_shape: InputShapes = None,
+    debug: Debug = False,
+) -> None:
+    """Remove empty channels; outputs stay the same, which is checked in float64."""
+    with _one_line_errors(debug):
+        import sparsefx
+        from sparsefx.targets import load_target
+        from sparsefx.weights_file import load_weights, save_weights
+
+        if target.endswith(".onnx"):
+            raise OptionError(f"{target} is an ONNX file; prune the torch model that it was exported from, and export it again")
+        with _busy(f"building {target}"):
+            loaded = load_target(target, weights_needed=True)
+        inputs = _inputs(loaded, input_shape, no_inputs=False)
+        if inputs is None:
+            raise OptionError(f"no example inputs are known for {target}; pass --input-shape, such as --input-shape 1x3x224x224")
+        if weights is not None:
+            load_weights(loaded.model, weights)
+        with _busy(f"pruning {target}"):
+            found = sparsefx.channel_plan(loaded.model, inputs, multiple=int(multiple) if multiple.isdigit() else multiple)
+        if out is not None:
+            save_weights(sparsefx.apply_channel_plan(loaded.model, found), out)
+            _note(f"wrote {out}")
+        if plan is not None:
+            found.save(plan)
+            _note(f"wrote {plan}")
+        typer.echo(found.report.to_json() if as_json else str(found.report))
 
 
 @app.command()

@@ -1,9 +1,10 @@
-"""Load a state_dict file into a model, whole or not at all."""
+"""Load a state_dict file into a model, and save one: whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,29 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if problems:
         raise OptionError(f"{name} does not fit the model: {'; '.join(problems)}; pass the weights of this very architecture")
     model.load_state_dict(found)
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the model's state_dict, as safetensors where the name ends so, else as torch.save does, through a temporary file.
+
+    Raises:
+        OptionError: the file cannot be written, or safetensors is not installed.
+    """
+    name = os.fspath(path)
+    try:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(name))) as folder:
+            draft = os.path.join(folder, "weights")
+            if name.endswith(".safetensors"):
+                try:
+                    from safetensors.torch import save_model
+                except ModuleNotFoundError:
+                    raise OptionError("safetensors is not installed; install it with: pip install 'sparsefx[zoo]'") from None
+                save_model(model, draft)
+            else:
+                torch.save(model.state_dict(), draft)
+            os.replace(draft, name)
+    except OSError as error:
+        raise OptionError(f"{name} cannot be written: {error}; choose a folder that exists and can be written to") from error
 
 
 def _read(name: str) -> Any:

@@ -24,15 +24,7 @@ def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     torch.export raises goes through; the model is as before in every case.
     """
     with unchanged(model), _quiet():
-        try:
-            program = torch.export.export(model, args, kwargs, strict=False)
-        except Exception:
-            if not caches(model):
-                raise
-            # The usual reason with transformers: the output holds a cache object, which is no tensor structure.
-            with without_caches(model):
-                program = torch.export.export(model, args, kwargs, strict=False)
-        exported = program.module()
+        exported = exported_program(model, args, kwargs).module()
     _share_tensors(exported, model)
     graph_module = fx.GraphModule(exported, exported.graph, class_name=type(model).__name__)
     graph_module.meta = {}
@@ -40,6 +32,19 @@ def export_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     graph_module.recompile()
     graph_module.training = model.training
     return graph_module
+
+
+def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """What torch.export makes of ``model`` on these inputs, without a cache among its outputs where that is refused."""
+    with unchanged(model), _quiet():
+        try:
+            return torch.export.export(model, args, kwargs, strict=False)
+        except Exception:
+            if not caches(model):
+                raise
+            # The usual reason with transformers: the output holds a cache object, which is no tensor structure.
+            with without_caches(model):
+                return torch.export.export(model, args, kwargs, strict=False)
 
 
 def _share_tensors(exported: nn.Module, model: nn.Module) -> None:

@@ -1,0 +1,55 @@
+"""Scaled dot product attention: whole heads stay or go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from sparsefx.passes.channels.graph import module_path
+from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
+from sparsefx.passes.channels.value import Value, Weight, constant_along, nothing_known
+
+
+def attention(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
+    """softmax(q k^T) v: queries, keys and values of a head are one class.
+
+    The scale depends on the head's size, so that nothing inside a head can go. A head whose values are always zero gives zero.
+    """
+    query, key, value = (propagation.value(arguments[name]) for name in ("query", "key", "value"))
+    rank = len(query.shape)
+    shape = shape_of(node)
+    if len({rank, len(key.shape), len(value.shape)}) > 1 or rank < 3:
+        return propagation.refuse(node, "has operands of other ranks")
+    mask = arguments.get("attn_mask")
+    if isinstance(mask, (Value, Weight)):
+        lifted = propagation.value(mask).lifted(rank)
+        if lifted.shape[rank - 3] > 1 or lifted.varying:
+            propagation.pin(lifted, "it is a mask of attention", module_path(node))
+    heads = rank - 3
+    if rank == 3 or any(operand.varying - {heads, rank - 1} for operand in (query, key, value)):
+        return propagation.refuse(node, "meets channels along other axes than heads")
+    number = query.shape[heads]
+    labels = None
+    for operand in (query, key, value):
+        if operand.shape[heads] == 1 and number > 1:
+            propagation.pin(operand, "it is one head for all queries", module_path(node))
+            continue
+        rows = np.moveaxis(operand.labels, heads, 0).reshape(operand.labels.shape[heads], -1)
+        rows = np.broadcast_to(rows, (operand.shape[heads], rows.shape[1]))
+        # Grouped queries: each head of keys and values serves several heads of queries, one after another.
+        rows = np.repeat(rows, number // operand.shape[heads], axis=0)
+        labels = rows[:, :1] if labels is None else labels
+        propagation.labels.union(np.broadcast_to(labels, rows.shape), rows)
+    assert labels is not None
+    if isinstance(mask, (Value, Weight)) and propagation.value(mask).lifted(rank).shape[heads] > 1:
+        rows = np.broadcast_to(np.moveaxis(propagation.value(mask).lifted(rank).labels, heads, 0).reshape(-1, 1), (number, 1))
+        propagation.labels.union(labels, rows)
+    sizes = tuple(number if axis == heads else 1 for axis in range(rank))
+    zero = np.repeat(constant_along(value, heads) == 0, number // value.shape[heads])
+    constant = np.where(zero, 0.0, np.nan).reshape(sizes) if zero.any() else nothing_known(rank)
+    return Value(shape, np.ascontiguousarray(labels[:, 0]).reshape(sizes), constant)
+
+
+RULES: dict[str, Rule] = {"scaled_dot_product_attention": attention}

@@ -1,0 +1,1 @@
+"""The parts of channel pruning: labels and values, the solver, the plan. `propagate_channels` and `prune_channels` use them."""

@@ -1,0 +1,77 @@
+"""The numbers of channels that modules of torch.nn hold beside their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsefx.layers import known_base
+from sparsefx.passes.channels.plan import Attribute
+
+Shape = tuple[int, ...]
+
+
+def changed_attributes(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    after: Mapping[str, Shape],
+    groups: Mapping[str, int],
+    normalized: Mapping[str, int],
+) -> Iterator[Attribute]:
+    """What the modules of a model have to hold after a cut.
+
+    Args:
+        model: before the cut.
+        tensors: its parameters and buffers by first name.
+        after: their shapes after the cut.
+        groups: number of groups left in each grouped convolution, by the name of its weight.
+        normalized: number of channels left in what each module of a normalization takes, by its path.
+    """
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    for path, module in model.named_modules():
+        shapes: dict[str, Shape] = {}
+        for local_name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and id(tensor) in names:
+                shapes[local_name] = after[names[id(tensor)]]
+        weight = module._parameters.get("weight")
+        left = groups.get(names.get(id(weight), ""))
+        if path in normalized and "weight" not in shapes and isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+            shapes["weight"] = (normalized[path],)
+        for name, value in _numbers(module, shapes, left):
+            before = getattr(module, name, None)
+            if before is not None and before != value:
+                yield Attribute(path, name, before, value)
+
+
+def _numbers(module: nn.Module, shapes: Mapping[str, Shape], groups: int | None) -> Iterator[tuple[str, Any]]:
+    """Attributes as they follow from shapes, for the types of which they are known."""
+    shape = shapes.get("weight")
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        lengths = [shapes[name][0] for name in ("weight", "running_mean") if name in shapes]
+        if lengths:
+            yield "num_features", lengths[0]
+    if isinstance(module, nn.RNNBase) and "weight_ih_l0" in shapes:
+        yield "input_size", shapes["weight_ih_l0"][1]
+    if shape is None:
+        return
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        left = shape[0] if module.groups == module.in_channels and module.groups > 1 else module.groups
+        yield from (("groups", left), ("in_channels", shape[0]), ("out_channels", shape[1] * left))
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        depthwise = module.groups == module.in_channels == module.out_channels and module.groups > 1
+        left = shape[0] if depthwise else groups if groups is not None else module.groups
+        yield from (("groups", left), ("in_channels", shape[1] * left), ("out_channels", shape[0]))
+    elif isinstance(module, nn.Linear):
+        yield from (("out_features", shape[0]), ("in_features", shape[1]))
+    elif isinstance(module, nn.GroupNorm):
+        yield from (("num_groups", module.num_groups * shape[0] // module.num_channels), ("num_channels", shape[0]))
+    elif isinstance(module, nn.Embedding):
+        yield "embedding_dim", shape[1]
+    elif isinstance(module, nn.PReLU):
+        yield "num_parameters", shape[0]
+    elif isinstance(module, nn.LayerNorm):
+        yield "normalized_shape", shape
+    elif known_base(module) is not None and type(module).__name__ == "Conv1D":
+        yield from (("nx", shape[0]), ("nf", shape[1]))

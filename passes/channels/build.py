@@ -1,0 +1,203 @@
+"""Turns a solution into a plan: indices that stay, constants that move, numbers that modules hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsefx.passes.channel_rules.products import matrix, weighted
+from sparsefx.passes.channels.attributes import changed_attributes
+from sparsefx.passes.channels.carriers import carrier, input_groups, lost_constants
+from sparsefx.passes.channels.facts import Facts
+from sparsefx.passes.channels.labels import Integers
+from sparsefx.passes.channels.merge import Layer
+from sparsefx.passes.channels.plan import ChannelPlan
+from sparsefx.passes.channels.report import LayerWidths, PruningReport
+from sparsefx.passes.channels.solve import Solution
+
+Kept = dict[str, dict[int, Tensor]]
+
+
+def build_plan(
+    model: nn.Module,
+    facts: Facts,
+    layers: list[Layer],
+    solution: Solution,
+    *,
+    unrounded: Solution,
+    multiple: int,
+    refused: tuple[str, ...],
+) -> ChannelPlan:
+    """The plan of a solution.
+
+    Args:
+        model: the model itself.
+        facts, layers: what was found out about it.
+        solution: which channels stay.
+        unrounded: which would stay without rounding widths up.
+        multiple: that widths were rounded to.
+        refused: groups that had to be kept whole, in words.
+    """
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    kept = _kept(facts, solution)
+    shapes = {name: tuple(tensors[name].shape) for name in kept}
+    after = {name: _shape_after(tuple(tensor.shape), kept.get(name, {})) for name, tensor in tensors.items()}
+    moved: dict[str, tuple[Tensor, Tensor]] = {}
+    new_biases: dict[str, int] = {}
+    for layer in layers:
+        for name, positions, values in _moves(layer, solution, after):
+            moved[name] = (positions, values)
+            if layer.fold is not None and layer.fold.new and name == layer.fold.tensor:
+                new_biases[name] = len(positions)
+    groups = {name: _groups_left(rows, solution) for name, (rows, _) in facts.gathered.items()}
+    normalized = {path: int(solution.stays[solution.roots[labels]].sum()) for path, labels in facts.normalized.items()}
+    attributes = tuple(changed_attributes(model, tensors, after, groups, normalized)) if kept else ()
+    report = _report(model, facts, layers, solution, unrounded, after, new_biases, moved, multiple, refused)
+    return ChannelPlan(kept, shapes, new_biases, moved, attributes, report)
+
+
+def _kept(facts: Facts, solution: Solution) -> Kept:
+    kept: Kept = {}
+    for (name, axis), labels in facts.axes.items():
+        if name in facts.elements or (name in facts.gathered and axis == 1):
+            continue
+        stays = solution.stays[solution.roots[labels]]
+        if not stays.all():
+            kept.setdefault(name, {})[axis] = torch.from_numpy(np.flatnonzero(stays))
+    for name, labels in facts.elements.items():
+        stays = solution.stays[solution.roots[labels]]
+        for axis in range(stays.ndim):
+            along = stays.any(axis=tuple(other for other in range(stays.ndim) if other != axis))
+            if not along.all():
+                kept.setdefault(name, {})[axis] = torch.from_numpy(np.flatnonzero(along))
+    for name, (_, columns) in facts.gathered.items():
+        stays = solution.stays[solution.roots[columns]]
+        left = stays[stays.any(axis=1)]
+        if not left.all():
+            indices = np.stack([np.flatnonzero(row) for row in left])
+            kept.setdefault(name, {})[1] = torch.from_numpy(indices)
+    return kept
+
+
+def _groups_left(rows: Integers, solution: Solution) -> int:
+    return int(solution.stays[solution.roots[rows]].any(axis=1).sum())
+
+
+def _shape_after(shape: tuple[int, ...], axes: dict[int, Tensor]) -> tuple[int, ...]:
+    return tuple(int(axes[axis].shape[-1]) if axis in axes else size for axis, size in enumerate(shape))
+
+
+def _moves(layer: Layer, solution: Solution, after: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What is added to which tensor in place of the constants that go."""
+    lost = lost_constants(solution, layer)
+    if not lost.any():
+        return
+    rows = np.flatnonzero(solution.stays[layer.out])
+    weight = matrix(layer.read)
+    groups = layer.read.groups
+    group_of_row = rows * groups // len(layer.out)
+    if layer.read.uniform:
+        assert layer.fold is not None
+        values = np.zeros(len(rows))
+        for number, group in enumerate(input_groups(layer)):
+            mine = group_of_row == number
+            if lost[group].any() and mine.any():
+                chosen = weight[torch.from_numpy(rows[mine])]
+                values[mine] = weighted(chosen, lost[group], layer.constant[group][lost[group]])
+        yield layer.fold.tensor, torch.arange(len(rows)), torch.from_numpy(layer.fold.sign * values)
+        return
+    yield from _carried(layer, solution, lost, rows, group_of_row, after[layer.read.weight.name])
+
+
+def _carried(
+    layer: Layer, solution: Solution, lost: np.ndarray, rows: Integers, group_of_row: Integers, shape: tuple[int, ...]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Additions to the column of each group's carrier."""
+    read, weight = layer.read, matrix(layer.read)
+    flat = torch.arange(math.prod(shape)).view(shape).movedim((read.out_axis, read.in_axis), (0, 1))
+    flat = flat.flatten(2) if flat.dim() > 2 else flat.unsqueeze(2)
+    positions, values = [], []
+    for number, group in enumerate(input_groups(layer)):
+        mine = group_of_row == number
+        if not lost[group].any() or not mine.any():
+            continue
+        through = carrier(solution, layer, group)
+        assert through is not None
+        column = int(solution.stays[layer.into[group]][: through - group.start].sum())
+        ratio = torch.from_numpy(layer.constant[group][lost[group]] / layer.constant[through]).to(weight.device)
+        chosen = weight[torch.from_numpy(rows[mine])][:, torch.from_numpy(np.flatnonzero(lost[group]))].double()
+        values.append(torch.einsum("kcp,c->kp", chosen, ratio).cpu().flatten())
+        positions.append(flat[torch.from_numpy(np.flatnonzero(mine)), column].flatten())
+    if positions:
+        yield read.weight.name, torch.cat(positions), torch.cat(values)
+
+
+def _report(
+    model: nn.Module,
+    facts: Facts,
+    layers: list[Layer],
+    solution: Solution,
+    unrounded: Solution,
+    after: dict[str, tuple[int, ...]],
+    new_biases: dict[str, int],
+    moved: dict[str, tuple[Tensor, Tensor]],
+    multiple: int,
+    refused: tuple[str, ...],
+) -> PruningReport:
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    places: dict[str, int] = {}
+    for name, number in facts.work:
+        places[name] = places.get(name, 0) + number
+    by_name = {layer.read.weight.name: layer for layer in layers}
+    why = _reasons(facts, solution)
+    rows = []
+    for name, number in places.items():
+        tensor = model.get_parameter(name) if name in sizes else model.get_buffer(name)
+        size, left = tensor.numel(), math.prod(after[name])
+        layer = by_name.get(name)
+        if layer is None:  # depthwise: outputs are inputs
+            labels = solution.roots[facts.axes[name, 0]]
+            into, lost, empty = labels, 0, int((tensor.detach() == 0).flatten(1).all(1).sum())
+        else:
+            labels, into = layer.out, layer.into
+            lost, empty = int(lost_constants(solution, layer).sum()), int((~layer.used.any(axis=1)).sum())
+        rows.append(
+            LayerWidths(
+                weight=name,
+                inputs=len(into),
+                outputs=len(labels),
+                inputs_after=int(solution.stays[into].sum()),
+                outputs_after=int(solution.stays[labels].sum()),
+                outputs_needed=int(unrounded.stays[labels].sum()),
+                empty=empty,
+                folded=lost,
+                operations=size * number,
+                operations_after=left * number,
+                pinned="; ".join(sorted({why[label] for label in labels.tolist() if label in why})),
+            )
+        )
+    return PruningReport(
+        layers=tuple(rows),
+        parameters=sum(sizes.values()),
+        parameters_after=sum(math.prod(after[name]) for name in sizes) + sum(new_biases.values()),
+        operations=sum(row.operations for row in rows),
+        operations_after=sum(row.operations_after for row in rows),
+        new_biases=new_biases,
+        moved=tuple(moved),
+        refused=refused,
+        multiple=multiple,
+    )
+
+
+def _reasons(facts: Facts, solution: Solution) -> dict[int, str]:
+    """Why classes are pinned, by root: the first reason that was met."""
+    found: dict[int, str] = {}
+    for pin in facts.pins:
+        for label in np.unique(solution.roots[pin.labels]).tolist():
+            if label and label not in found:
+                found[label] = f"{pin.reason} ({pin.where})" if pin.where else pin.reason
+    return found

@@ -1,0 +1,224 @@
+"""The state of an interpretation of ATen graphs over channels, and what rules may do to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from sparsefx.passes.channels.facts import Blocks, Facts, Grid, Pin, Read
+from sparsefx.passes.channels.graph import ChannelGraph, module_path, op_name
+from sparsefx.passes.channels.labels import PINNED, Integers, Labels
+from sparsefx.passes.channels.value import Value, Weight, nothing_known, unknown
+
+# A parameter with more elements, used element by element, is pinned: it is a weight that code computes with.
+_LARGEST_ELEMENTWISE = 2**21
+
+Rule = Callable[["Propagation", fx.Node, dict[str, Any]], Any]
+"""What an op makes of abstract values: takes the node and its arguments by name, returns a `Value` or a tuple of them."""
+
+
+class Propagation:
+    """The state of one interpretation; rules call its methods. Several graphs of a model may be followed one after another."""
+
+    def __init__(self, rules: Mapping[str, Rule]) -> None:
+        self._rules = rules
+        self.labels = Labels()
+        self.facts = Facts()
+        self.training = False
+        self.uses: dict[tuple[str, bool], int] = {}
+        self._values: dict[fx.Node, Any] = {}
+
+    def follow(self, captured: ChannelGraph, progress: Callable[[int], None] | None = None) -> None:
+        """Interpret every node of a graph, in order."""
+        self._values = {}
+        self.training = captured.training
+        for node in captured.graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = captured.weights.get(node.name) or _unknown_of(node)
+                if node.name in captured.weights:
+                    name = captured.weights[node.name].name
+                    key = (name, self.training)
+                    self.uses[key] = self.uses.get(key, 0) + len(node.users)
+            elif node.op == "call_function":
+                self._values[node] = self._call(node)
+            elif node.op == "output":
+                for source in node.all_input_nodes:
+                    if source.name in captured.outputs:
+                        self.pin_node(source, "it is an output of the model", "")
+            else:
+                self._values[node] = _unknown_of(node)
+            if progress is not None:
+                progress(1)
+
+    def _call(self, node: fx.Node) -> Any:
+        rule = self._rules.get(op_name(node)) or self._rules.get(op_name(node).removesuffix("_"))
+        if rule is None:
+            return self.refuse(node, "has no rule")
+        return rule(self, node, self.arguments(node))
+
+    def arguments(self, node: fx.Node) -> dict[str, Any]:
+        """Arguments by the names of the op's schema, defaults included; tensors are `Value` or `Weight`."""
+        given = tree_map(
+            lambda leaf: self._values.get(leaf) if isinstance(leaf, fx.Node) else leaf, (node.args, dict(node.kwargs))
+        )
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return {**{str(number): value for number, value in enumerate(given[0])}, **given[1]}
+        bound: dict[str, Any] = {}
+        for number, argument in enumerate(node.target._schema.arguments):
+            if number < len(given[0]):
+                bound[argument.name] = given[0][number]
+            elif argument.name in given[1]:
+                bound[argument.name] = given[1][argument.name]
+            else:
+                bound[argument.name] = argument.default_value if argument.has_default_value() else None
+        return bound
+
+    def refuse(self, node: fx.Node, why: str) -> Any:
+        """Pin everything that the node reads; what it makes is unknown."""
+        self.pin_all(node, f"{op_name(node)} {why}")
+        return _unknown_of(node)
+
+    def unknown_of(self, node: fx.Node) -> Any:
+        """What can be anything and cannot be removed, in the structure of what the node makes."""
+        return _unknown_of(node)
+
+    def pin_all(self, node: fx.Node, reason: str) -> None:
+        """Pin the channels of every input of a node."""
+        for source in node.all_input_nodes:
+            self.pin_node(source, reason, module_path(node))
+
+    def pin_node(self, node: fx.Node, reason: str, where: str) -> None:
+        """Pin the channels of what a node made."""
+        for leaf in _leaves(self._values.get(node)):
+            self.pin(leaf, reason, where)
+
+    def pin(self, value: Value | Weight, reason: str, where: str) -> None:
+        """Channels of this tensor have to stay."""
+        if isinstance(value, Weight):
+            for axis in range(value.tensor.dim()):
+                self.pin_labels(self.axis(value, axis), reason, where)
+            if value.name in self.facts.elements:
+                self.pin_labels(self.facts.elements[value.name], reason, where)
+        else:
+            self.pin_labels(value.labels, reason, where)
+
+    def pin_labels(self, labels: Integers, reason: str, where: str) -> None:
+        """These channels have to stay."""
+        if labels.any():
+            self.facts.pins.append(Pin(labels, reason, where))
+
+    def axis(self, weight: Weight, axis: int) -> Integers:
+        """Labels of the indices of an axis of the tensor; all pinned where it is no parameter or buffer."""
+        size = weight.tensor.shape[axis]
+        if not weight.sliceable:
+            return np.full(size, PINNED, dtype=np.int64)
+        key = (weight.name, axis)
+        if key not in self.facts.axes:
+            self.facts.axes[key] = self.labels.fresh(size)
+        return self.facts.axes[key]
+
+    def value(self, given: Any) -> Value:
+        """A weight as data: labels along its axes, constants what it holds."""
+        if isinstance(given, Value):
+            return given
+        if isinstance(given, Weight):
+            return self._as_data(given)
+        raise TypeError(f"a rule asked for a tensor and found {type(given).__name__}")
+
+    def _as_data(self, weight: Weight) -> Value:
+        tensor = weight.tensor
+        long = [axis for axis in range(tensor.dim()) if tensor.shape[axis] > 1]
+        small = tensor.numel() <= _LARGEST_ELEMENTWISE
+        readable = small and not tensor.is_complex() and tensor.device.type != "meta" and tensor.layout == torch.strided
+        constant = tensor.double().cpu().numpy() if readable else nothing_known(tensor.dim())
+        if not weight.sliceable:
+            labels = np.full((1,) * tensor.dim(), PINNED, dtype=np.int64)
+        elif not small:
+            self.pin(weight, "it is used element by element and is too large to be followed", weight.name)
+            labels = np.full((1,) * tensor.dim(), PINNED, dtype=np.int64)
+        elif len(long) <= 1:
+            axis = long[0] if long else 0
+            labels = self.axis(weight, axis).reshape(tensor.shape) if tensor.dim() else np.zeros((), dtype=np.int64)
+        else:
+            labels = self._elements(weight)
+        value = Value(tuple(tensor.shape), labels, np.where(np.isfinite(constant), constant, np.nan))
+        return Value(weight.shape, value.labels.transpose(weight.order), value.constant.transpose(weight.order))
+
+    def _elements(self, weight: Weight) -> Integers:
+        if weight.name not in self.facts.elements:
+            made = self.labels.fresh(weight.tensor.numel()).reshape(tuple(weight.tensor.shape))
+            self.facts.elements[weight.name] = made
+            self.facts.grids.append(Grid(made))
+        return self.facts.elements[weight.name]
+
+    def compressed(self, value: Value) -> Value:
+        """Without the axes along which labels have become one class each; what still varies along two axes is a grid."""
+        labels = value.labels
+        if len(value.varying) < 2:
+            return value
+        labels = self.labels.find(labels)
+        for axis in value.varying:
+            first = labels.take([0], axis=axis)
+            if (labels == first).all():
+                labels = first
+        if sum(size > 1 for size in labels.shape) > 1:
+            self.facts.grids.append(Grid(labels))
+        return Value(value.shape, labels, value.constant)
+
+    def changed_shape(self, node: fx.Node, value: Value) -> Value:
+        """Note that code may hold the number of these channels."""
+        if value.varying:
+            self.facts.views.append((module_path(node), value.labels))
+        return self.compressed(value)
+
+    def add_read(self, read: Read, node: fx.Node) -> None:
+        """A product with a weight; the batch norm behind it, where nothing else reads its result, can take a constant over."""
+        self.facts.reads.append(replace(read, shift=self._shift_behind(node), training=self.training))
+        self.count(node, read.weight, len(read.out))
+
+    def count(self, node: fx.Node, weight: Weight, outputs: int) -> None:
+        """Note how often a call multiplies by each value of its weight."""
+        made = node.meta["val"]
+        made = made[0] if isinstance(made, (tuple, list)) else made
+        self.facts.work.append((weight.name, max(1, math.prod(int(size) for size in made.shape) // outputs)))
+
+    def _shift_behind(self, node: fx.Node) -> str:
+        readers = list(node.users)
+        if len(readers) != 1 or op_name(readers[0]) not in ("batch_norm", "_native_batch_norm_legit_no_training"):
+            return ""
+        mean = self.arguments(readers[0]).get("running_mean")
+        return mean.name if isinstance(mean, Weight) and mean.sliceable and not self.training else ""
+
+    def add_blocks(self, blocks: Blocks) -> None:
+        """Runs of channels of which equally many stay."""
+        self.facts.blocks.append(blocks)
+
+    def broadcast(self, cells: Integers, line: Integers) -> None:
+        """``line`` (of size 1 along the axes that it is repeated over) meets ``cells`` element by element."""
+        self.facts.grids.append(Grid(cells, line))
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the tensor that a node makes."""
+    return tuple(int(size) for size in node.meta["val"].shape)
+
+
+def _unknown_of(node: fx.Node) -> Any:
+    """Unknown values in the structure of what a node makes."""
+    made = node.meta.get("val")
+    return tree_map(lambda leaf: unknown(tuple(int(size) for size in leaf.shape)) if isinstance(leaf, Tensor) else leaf, made)
+
+
+def _leaves(value: Any) -> list[Value | Weight]:
+    if isinstance(value, (Value, Weight)):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return []

@@ -1,0 +1,136 @@
+"""What pruning did to a model: widths, parameters and operations, and why channels had to stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """One weight of a linear layer or convolution.
+
+    Attributes:
+        weight: full name of the parameter.
+        inputs, outputs: channels before.
+        inputs_after, outputs_after: channels that stay.
+        outputs_needed: channels that would stay with ``multiple=1``.
+        empty: outputs whose weights were all zero before.
+        folded: constant inputs that went into a bias, a running mean or another channel.
+        operations, operations_after: multiply-adds of all calls in one forward pass of the example inputs.
+        pinned: why some of its outputs have to stay whoever reads them; empty where nothing but readers keeps them.
+    """
+
+    weight: str
+    inputs: int
+    outputs: int
+    inputs_after: int
+    outputs_after: int
+    outputs_needed: int
+    empty: int
+    folded: int
+    operations: int
+    operations_after: int
+    pinned: str = ""
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """The result of `sparsefx.prune_channels` in numbers.
+
+    Attributes:
+        layers: one row for each weight, in order of execution.
+        parameters, parameters_after: values in all parameters of the model.
+        operations, operations_after: multiply-adds of linear layers and convolutions in one forward pass of the example inputs.
+        new_biases: biases that were added, with their length.
+        moved: parameters and buffers that constants were folded into.
+        refused: groups of channels that the model's own code holds the number of, with what happened without them.
+        multiple: the step that widths were rounded up to.
+        difference: largest difference of an output in float64 between the model before and after, relative to that output's
+            largest value; None where it was not compared yet.
+    """
+
+    layers: tuple[LayerWidths, ...]
+    parameters: int
+    parameters_after: int
+    operations: int
+    operations_after: int
+    new_biases: Mapping[str, int]
+    moved: tuple[str, ...]
+    refused: tuple[str, ...]
+    multiple: int
+    difference: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> PruningReport:
+        """The report that `as_dict` described."""
+        rows = tuple(LayerWidths(**row) for row in data["layers"])
+        return PruningReport(**{**data, "layers": rows, "moved": tuple(data["moved"]), "refused": tuple(data["refused"])})
+
+    def __rich__(self) -> Table:
+        """A table for the terminal."""
+        table = Table(title=self.summary(), title_justify="left", caption=self._notes() or None, caption_justify="left")
+        for name, justify in (
+            ("weight", "left"),
+            ("inputs", "right"),
+            ("outputs", "right"),
+            ("needed", "right"),
+            ("empty", "right"),
+        ):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column("multiply-adds", justify="right")
+        table.add_column("why channels stay")
+        for row in self.layers:
+            table.add_row(
+                row.weight,
+                _change(row.inputs, row.inputs_after),
+                _change(row.outputs, row.outputs_after),
+                str(row.outputs_needed),
+                str(row.empty) if row.empty else "",
+                _change(row.operations, row.operations_after),
+                row.pinned if row.empty else "",
+            )
+        return table
+
+    def summary(self) -> str:
+        """One line: parameters and multiply-adds before and after."""
+        compared = (
+            "" if self.difference is None else f"; outputs differ by {self.difference:.1e} of their largest value in float64"
+        )
+        return (
+            f"parameters {_change(self.parameters, self.parameters_after)} ({_share(self.parameters, self.parameters_after)}), "
+            f"multiply-adds {_change(self.operations, self.operations_after)} "
+            f"({_share(self.operations, self.operations_after)}), widths in steps of {self.multiple}{compared}"
+        )
+
+    def _notes(self) -> str:
+        notes = [f"bias added: {name} [{length}]" for name, length in self.new_biases.items()]
+        notes += [f"stays whole: {told}" for told in self.refused]
+        return "\n".join(notes)
+
+    def __str__(self) -> str:
+        console = Console(width=160, no_color=True, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+
+
+def _share(before: int, after: int) -> str:
+    return f"{after / before:.3f}" if before else "1.000"

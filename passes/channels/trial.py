@@ -1,0 +1,204 @@
+"""Runs a model without its channels: on the meta device for shapes, in float64 for values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sparsefx.capture.arguments import copies
+from sparsefx.capture.state import unchanged
+from sparsefx.passes.channels.plan import ChannelPlan
+from sparsefx.passes.channels.surgery import carry_out
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run of a pruned model that did not go well.
+
+    Attributes:
+        where: path of the innermost module that was running; empty for the model itself, or where values differ.
+        told: what happened, in one line.
+    """
+
+    where: str
+    told: str
+
+
+def copy_with(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the modules in which each parameter and buffer is what ``change`` makes of it."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        made = change(tensor.detach())
+        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return copy.deepcopy(model, memo)
+
+
+class ShapeTrial:
+    """Runs plans on copies of a model without memory."""
+
+    def __init__(self, model: nn.Module, arguments: Arguments, modes: tuple[bool, ...]) -> None:
+        self._model = model
+        self._arguments = arguments
+        self._modes = modes
+        self._runs_on_meta: bool | None = None
+
+    def failure(self, plan: ChannelPlan) -> Failure | None:
+        """What goes wrong with this plan; None where it runs in every mode."""
+        for training in self._modes:
+            found = self._failure(plan, training)
+            if found is not None:
+                return found
+        return None
+
+    def _failure(self, plan: ChannelPlan, training: bool) -> Failure | None:
+        if self._runs_on_meta is not False:
+            found = self._run(self._pruned(plan, "meta"), training, "meta")
+            if found is None or self._runs_on_meta:
+                return found
+            # Code that looks at values does not run without them, whatever its widths are.
+            self._runs_on_meta = self._run(copy_with(self._model, _empty), training, "meta") is None
+            if self._runs_on_meta:
+                return found
+        return self._run(self._pruned(plan, None), training, None)
+
+    def _pruned(self, plan: ChannelPlan, device: str | None) -> nn.Module:
+        # In train mode a run changes buffers.
+        model = copy_with(self._model, _empty if device == "meta" else torch.clone)
+        carry_out(model, plan)
+        return model
+
+    def _run(self, model: nn.Module, training: bool, device: str | None) -> Failure | None:
+        model.train(training)
+        args, kwargs = copies(*self._arguments)
+        if device is not None:
+            args, kwargs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        with unchanged(model), _running(model) as stack, torch.no_grad():
+            try:
+                model(*args, **kwargs)
+            except Exception as error:  # whatever the model's own code raises on widths that it does not expect
+                return Failure(stack[-1] if stack else "", _first_line(error))
+        return None
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+@contextmanager
+def _running(model: nn.Module) -> Iterator[list[str]]:
+    """A list that holds the paths of the modules that are running, outermost first; left as it was where one raises."""
+    stack: list[str] = []
+    handles = []
+    for path, module in model.named_modules():
+
+        def enter(_module: nn.Module, _args: Any, path: str = path) -> None:
+            stack.append(path)
+
+        def leave(_module: nn.Module, _args: Any, _result: Any) -> None:
+            stack.pop()
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+class ValueTrial:
+    """Runs plans in float64 on random inputs in the shapes of the example inputs, and compares the values of outputs."""
+
+    def __init__(self, model: nn.Module, arguments: Arguments, seed: int) -> None:
+        self._model = copy_with(model, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor).eval()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._inputs = tree_map(lambda leaf: _random_like(leaf, self._generator), arguments)
+        self._expected = self._outputs(self._model)
+        if not all(_is_finite(leaf) for leaf in self._expected):
+            # Random numbers are no input for this model; its own example is.
+            self._inputs = tree_map(lambda leaf: leaf.double() if _is_floating(leaf) else leaf, arguments)
+            self._expected = self._outputs(self._model)
+
+    def difference(self, plan: ChannelPlan) -> float:
+        """The largest difference of an output between the pruned and the unpruned model, relative to its largest value.
+
+        Infinite where the pruned model does not run, or an output has another shape or type, or is not a number in other places.
+        """
+        model = copy_with(self._model, lambda tensor: tensor)
+        carry_out(model, plan)
+        try:
+            made = self._outputs(model)
+        except Exception:  # what the model's own code raises, say on an index that is no channel any more
+            return float("inf")
+        return _difference(made, self._expected)
+
+    def noise(self) -> float:
+        """How far outputs move where every weight moves by rounding: code may compute in float32, or amplify what it is given."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            change = torch.randn(tensor.shape, dtype=tensor.dtype, generator=self._generator).to(tensor.device)
+            return tensor * (1 + 1e-15 * change)
+
+        return _difference(self._outputs(copy_with(self._model, moved)), self._expected)
+
+    def _outputs(self, model: nn.Module) -> list[Any]:
+        args, kwargs = copies(*self._inputs)
+        with unchanged(model), torch.no_grad():
+            # Code that draws random numbers in eval mode draws the same ones.
+            torch.manual_seed(self._seed)
+            return tree_leaves(model(*args, **kwargs))
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _is_finite(leaf: Any) -> bool:
+    return not _is_floating(leaf) or bool(torch.isfinite(leaf).all())
+
+
+def _random_like(leaf: Any, generator: torch.Generator) -> Any:
+    """Normal numbers in float64; integers and truth values in another order, since they may be indices and masks."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.is_floating_point():
+        return torch.randn(leaf.shape, dtype=torch.float64, generator=generator).to(leaf.device)
+    order = torch.randperm(leaf.numel(), generator=generator).to(leaf.device)
+    return leaf.flatten()[order].view(leaf.shape)
+
+
+def _difference(made: list[Any], expected: list[Any]) -> float:
+    if len(made) != len(expected):
+        return float("inf")
+    return max((_of_one(first, second) for first, second in zip(made, expected, strict=True)), default=0.0)
+
+
+def _of_one(made: Any, expected: Any) -> float:
+    if not isinstance(made, Tensor) or not isinstance(expected, Tensor):
+        return 0.0 if type(made) is type(expected) else float("inf")
+    if made.shape != expected.shape:
+        return float("inf")
+    if not made.is_floating_point() or not made.numel():
+        return 0.0 if torch.equal(made, expected) else float("inf")
+    known = torch.isfinite(expected)
+    if not torch.equal(known, torch.isfinite(made)):
+        return float("inf")
+    gap = (made - expected)[known].abs().max() if known.any() else torch.zeros(())
+    scale = expected[known].abs().max() if known.any() else torch.ones(())
+    return float(gap / scale) if scale > 0 else float(gap)

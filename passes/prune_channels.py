@@ -1,0 +1,232 @@
+"""Finds the channels that a model can do without, and cuts them out; nothing is handed out that was not compared in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsefx.errors import VerificationError
+from sparsefx.passes.channels.build import build_plan
+from sparsefx.passes.channels.carriers import choose_carriers
+from sparsefx.passes.channels.graph import ChannelGraph, capture_channels
+from sparsefx.passes.channels.labels import Integers
+from sparsefx.passes.channels.merge import Layer, merge_reads
+from sparsefx.passes.channels.plan import ChannelPlan
+from sparsefx.passes.channels.propagation import Propagation
+from sparsefx.passes.channels.solve import Solution
+from sparsefx.passes.channels.surgery import cut
+from sparsefx.passes.channels.trial import Failure, ShapeTrial, ValueTrial
+from sparsefx.passes.channels.widths import holds, keep_groups, machine_multiple, pattern_of, round_widths
+from sparsefx.passes.propagate_channels import propagate_channels
+
+TOLERANCE = 1e-9
+"""Largest difference in float64, relative to an output's largest value, that rounding accounts for."""
+NOISE = 30
+"""How many times the model's own noise under rounded weights is still rounding, where the model is noisier than that."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Channels whose number the code of some modules may hold: what one class does at one place of its forward.
+
+    Attributes:
+        labels: of the channels.
+        what: the place, in words.
+    """
+
+    labels: tuple[Integers, ...]
+    what: str
+
+
+class ChannelPlanner:
+    """Plans the cut of one model for some example inputs.
+
+    Args:
+        model: in any mode.
+        args, kwargs: example inputs.
+        multiple: widths are rounded up to multiples of it where enough channels are there; ``"auto"`` for the machine's.
+        trains: whether the next training step has to give the same loss too, so that only constants of both modes count.
+        seed: of the random inputs that the result is compared on.
+        progress: called with what is done next.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        multiple: int | str,
+        trains: bool,
+        seed: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._model = model
+        self._arguments = (args, kwargs)
+        self._seed = seed
+        self._progress = progress
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self._multiple = machine_multiple(device) if multiple == "auto" else int(multiple)
+        progress("following channels")
+        graphs = self._graphs(trains)
+        self._modes = tuple(graph.training for graph in graphs)
+        self._propagation: Propagation = propagate_channels(model, graphs)
+        self._roots = self._propagation.labels.roots()
+        self._layers: list[Layer] = merge_reads(model, self._propagation, self._roots, trains=trains)
+        self._patterns = [(layer, pattern) for layer in self._layers if (pattern := pattern_of(model, layer)) is not None]
+        self._whole: list[_Group] = []
+        self._told: dict[str, str] = {}
+
+    def _graphs(self, trains: bool) -> list[ChannelGraph]:
+        graphs = [capture_channels(self._model, *self._arguments)]
+        read = graphs[0].read()
+        # Auxiliary heads run in train mode only; without them the result could not be trained.
+        if trains or any(name not in read for name, _ in self._model.named_parameters()):
+            try:
+                graphs.append(capture_channels(self._model, *self._arguments, training=True))
+            except Exception:
+                if trains:
+                    raise
+        return graphs
+
+    def plan(self) -> ChannelPlan:
+        """The largest cut that leaves every output as it is.
+
+        Raises:
+            VerificationError: outputs differ although every group of which the model's code may hold the number was kept whole.
+        """
+        self._progress("running the smaller model")
+        shapes = ShapeTrial(self._model, self._arguments, self._modes)
+        plan = self._settled(shapes.failure)
+        if plan.empty:
+            return plan
+        self._progress("comparing in float64")
+        values = ValueTrial(self._model, self._arguments, self._seed)
+        differences: list[float] = []
+
+        def differs(candidate: ChannelPlan) -> Failure | None:
+            differences.append(values.difference(candidate))
+            if differences[-1] <= TOLERANCE or differences[-1] <= NOISE * values.noise():
+                return None
+            return shapes.failure(candidate) or Failure("", f"outputs differ by {differences[-1]:.1e} of their largest value")
+
+        failure = differs(plan)
+        if failure is not None:
+            plan = self._settled(lambda candidate: shapes.failure(candidate) or differs(candidate), failure)
+        return replace(plan, report=replace(plan.report, difference=differences[-1] if not plan.empty else 0.0))
+
+    def _settled(self, failure: Callable[[ChannelPlan], Failure | None], first: Failure | None = None) -> ChannelPlan:
+        """A plan that the test has nothing against: groups that code holds the number of are found and kept whole."""
+        while True:
+            plan = self._solved()
+            if plan.empty:
+                return plan
+            found = first or failure(plan)
+            first = None
+            if found is None:
+                return plan
+            suspects = self._suspects(found) or self._all_layers()
+            if not suspects:
+                raise VerificationError(
+                    f"the model without its empty channels does not give the same outputs ({found.told} "
+                    f"in {found.where or 'the model'}), and nothing that was kept whole helped. This is a bug in prune_channels; "
+                    "the model is as before. Please report it"
+                )
+            self._whole += suspects
+            self._admit(suspects, failure, found)
+
+    def _admit(self, suspects: Sequence[_Group], failure: Callable[[ChannelPlan], Failure | None], found: Failure) -> None:
+        """Of groups that are kept whole, let those go again that are innocent."""
+        if len(suspects) == 1:
+            self._told[suspects[0].what] = f"{suspects[0].what}: {found.told}"
+            return
+        half = len(suspects) // 2
+        for part in (suspects[:half], suspects[half:]):
+            kept = [group for group in self._whole if not any(group is suspect for suspect in part)]
+            before, self._whole = self._whole, kept
+            again = failure(self._solved())
+            if again is not None:
+                self._whole = before
+                self._admit(part, failure, again)
+
+    def _suspects(self, failure: Failure) -> list[_Group]:
+        """Groups that lose channels and change their shape in the module where the run broke, or in modules of its class."""
+        stays = self._solution.stays
+        types = {path: type(module).__qualname__ for path, module in self._model.named_modules()}
+        whole = {group.what for group in self._whole}
+        by_place: dict[str, list[Integers]] = {}
+        counted: dict[str, int] = {}
+        for path, labels in self._propagation.facts.views:
+            counted[path] = counted.get(path, -1) + 1
+            if stays[self._roots[labels]].all():
+                continue
+            what = f"change of shape {counted[path]} in {types.get(path, path)}"
+            if what not in whole:
+                by_place.setdefault(what, []).append(labels)
+        near = types.get(failure.where)
+        groups = [_Group(tuple(labels), what) for what, labels in by_place.items()]
+        mine = [group for group in groups if near is not None and group.what.endswith(f" in {near}")]
+        return (mine if failure.where else []) or groups
+
+    def _all_layers(self) -> list[_Group]:
+        """The outputs of every layer that loses some: code may hold their number in ways that no op shows."""
+        whole = {group.what for group in self._whole}
+        return [
+            _Group((layer.read.out,), what)
+            for layer in self._layers
+            if not self._solution.stays[layer.out].all() and (what := f"outputs of {layer.read.weight.name}") not in whole
+        ]
+
+    def _solved(self) -> ChannelPlan:
+        unrounded = self._solution_for(1)
+        self._solution = self._solution_for(self._multiple) if self._multiple > 1 else unrounded
+        return build_plan(
+            self._model,
+            self._propagation.facts,
+            self._layers,
+            self._solution,
+            unrounded=unrounded,
+            multiple=self._multiple,
+            refused=tuple(self._told.values()),
+        )
+
+    def _solution_for(self, multiple: int) -> Solution:
+        solution = Solution(self._propagation.facts, self._layers, self._roots)
+        for group in self._whole:
+            for labels in group.labels:
+                solution.need(self._roots[labels])
+        solution.settle()
+        choose_carriers(solution, self._layers)
+        while self._repaired(solution):
+            solution.settle()
+            choose_carriers(solution, self._layers)
+        round_widths(solution, self._layers, multiple)
+        choose_carriers(solution, self._layers)
+        while self._repaired(solution):
+            solution.settle()
+            choose_carriers(solution, self._layers)
+        return solution
+
+    def _repaired(self, solution: Solution) -> bool:
+        """Keep whole groups of four (or M) where a weight would lose its N:M pattern; True where some were kept."""
+        changed = False
+        for layer, (n, m, both) in self._patterns:
+            rows, columns = solution.stays[layer.out], solution.stays[layer.into]
+            if rows.all() and columns.all():
+                continue
+            read = layer.read
+            if read.groups > 1:
+                changed |= solution.keep(np.concatenate([layer.out, layer.into]))
+                continue
+            axes = {read.out_axis: torch.from_numpy(rows.nonzero()[0]), read.in_axis: torch.from_numpy(columns.nonzero()[0])}
+            left = cut(read.weight.tensor, axes)
+            if not holds(left, read.in_axis, n, m):
+                changed |= keep_groups(solution, layer.into, m)
+            if both and not holds(left, read.out_axis, n, m):
+                changed |= keep_groups(solution, layer.out, m)
+        return changed

@@ -18,7 +18,7 @@ from sparsefx.algorithms.layer import Layer
 from sparsefx.ops.select import largest_among
 from sparsefx.patterns import GlobalUnstructured
 from sparsefx.patterns.selection import summation_dtype
-from sparsefx.patterns.units import is_free, spread_units, unit_scores, weights_per_unit
+from sparsefx.patterns.units import has_units, is_free, spread_units, unit_scores, weights_per_unit
 
 Score = Callable[[Layer], Tensor]
 Share = Callable[[Layer], float]
@@ -38,7 +38,7 @@ class Places:
         layer = self.layer
         self.free = is_free(layer.pattern)
         size = weights_per_unit(layer.pattern, layer.mask.shape, layer.record.reduction_axis)
-        self.active = layer.mask if size == 1 else self.scores(layer.mask.to(torch.float32)) > 0
+        self.active = self.scores(layer.mask.to(torch.float32)) > 0 if has_units(layer.pattern) else layer.mask
         self.total = layer.mask.numel() // size
         self.count = int(self.active.sum())
 

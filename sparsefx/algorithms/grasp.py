@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsefx.algorithms.at_start import AtStart, gradients, losses
 from sparsefx.algorithms.start import Start
+from sparsefx.errors import CaptureError
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,14 @@ class GraSP(AtStart):
                 first = gradients(loss, parameters, keep_graph=True)
                 # d/dw of g.detach() * g(w) is the product of Hessian and gradient.
                 product = torch.stack([(gradient.detach() * gradient).sum() for gradient in first]).sum()
-                for sum_, second in zip(flow, gradients(product, parameters), strict=True):
+                try:
+                    products = gradients(product, parameters)
+                except RuntimeError as error:
+                    raise CaptureError(
+                        f"grasp: an operation of the model has no second derivative: {error}; choose algorithm 'snip' or "
+                        "'synflow'"
+                    ) from error
+                for sum_, second in zip(flow, products, strict=True):
                     sum_ += second.detach()
         scores = [weight * second for weight, second in zip(start.weights, flow, strict=True)]
         # Signs count here, and masks keep the largest magnitudes: moved up together, so that all layers stay comparable.

@@ -19,6 +19,11 @@ def is_free(pattern: Pattern) -> bool:
     return isinstance(pattern, (Unstructured, GlobalUnstructured, Block, Channel))
 
 
+def has_units(pattern: Pattern) -> bool:
+    """Whether units are not the weights themselves, so that tensors of units have a shape of their own."""
+    return isinstance(pattern, (Block, Channel))
+
+
 def weights_per_unit(pattern: Pattern, shape: Sequence[int], reduction_axis: int) -> int:
     """How many weights of a layer of this shape come and go together."""
     if isinstance(pattern, Block):

@@ -23,6 +23,7 @@ PATTERNS = (
     "4:8-transposable",
     "block:1x8",
     "block:4x4:norm=2",
+    "block:1x1",
     "channel",
 )
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

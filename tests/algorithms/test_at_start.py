@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sparsefx
 from sparsefx.algorithms import GraSP, SynFlow
-from sparsefx.errors import NonFiniteError, OptionError
+from sparsefx.errors import CaptureError, NonFiniteError, OptionError
 from tests.training import batches, loss_of, small_net
 
 DATA = batches(2, seed=4)
@@ -145,6 +145,14 @@ def test_a_loss_that_is_not_finite_is_told() -> None:
 def test_synflow_without_inputs_is_told() -> None:
     with pytest.raises(OptionError, match="example_inputs"):
         sparsefx.sparsify(small_net(), algorithm="synflow")
+
+
+def test_grasp_tells_of_an_operation_without_a_second_derivative() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Hardsigmoid(), nn.Linear(16, 16))
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(CaptureError, match="no second derivative"):
+        sparsefx.sparsify(model, algorithm="grasp", calibration=[torch.randn(2, 16)], loss_fn=square_loss)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_grasp_runs_through_attention() -> None:

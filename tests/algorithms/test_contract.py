@@ -26,7 +26,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "channel": "differ in size",
         "unstructured:global": "one ranking",
     },
-    "deep-r": dict.fromkeys(("block:1x8", "block:4x4:norm=2", "channel"), "change sign"),
+    "deep-r": dict.fromkeys(("block:1x8", "block:4x4:norm=2", "block:1x1", "channel"), "change sign"),
     "gradual": dict.fromkeys(_FIXED, "begins dense"),
     "accelerated": dict.fromkeys(set(PATTERNS) - {"2:4-transposable", "4:8-transposable"}, "both axes"),
 }

@@ -22,11 +22,6 @@ def attention(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
     shape = shape_of(node)
     if len({rank, len(key.shape), len(value.shape)}) > 1 or rank < 3:
         return propagation.refuse(node, "has operands of other ranks")
-    mask = arguments.get("attn_mask")
-    if isinstance(mask, (Value, Weight)):
-        lifted = propagation.value(mask).lifted(rank)
-        if lifted.shape[rank - 3] > 1 or lifted.varying:
-            propagation.pin(lifted, "it is a mask of attention", module_path(node))
     heads = rank - 3
     if rank == 3 or any(operand.varying - {heads, rank - 1} for operand in (query, key, value)):
         return propagation.refuse(node, "meets channels along other axes than heads")
@@ -43,9 +38,15 @@ def attention(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
         labels = rows[:, :1] if labels is None else labels
         propagation.labels.union(np.broadcast_to(labels, rows.shape), rows)
     assert labels is not None
-    if isinstance(mask, (Value, Weight)) and propagation.value(mask).lifted(rank).shape[heads] > 1:
-        rows = np.broadcast_to(np.moveaxis(propagation.value(mask).lifted(rank).labels, heads, 0).reshape(-1, 1), (number, 1))
-        propagation.labels.union(labels, rows)
+    mask = arguments.get("attn_mask")
+    if isinstance(mask, (Value, Weight)):
+        lifted = propagation.value(mask).lifted(rank)
+        if lifted.shape[heads] == number > 1:
+            # A bias of positions for each head goes with its head.
+            rows = np.moveaxis(lifted.labels, heads, 0).reshape(lifted.labels.shape[heads], -1)
+            propagation.labels.union(labels, np.broadcast_to(rows, (number, rows.shape[1])))
+        else:
+            propagation.pin(lifted, "it is a mask of attention", module_path(node))
     sizes = tuple(number if axis == heads else 1 for axis in range(rank))
     zero = np.repeat(constant_along(value, heads) == 0, number // value.shape[heads])
     constant = np.where(zero, 0.0, np.nan).reshape(sizes) if zero.any() else nothing_known(rank)

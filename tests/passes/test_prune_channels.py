@@ -382,3 +382,23 @@ def test_softmax_over_paths_keeps_them_and_lets_channels_go() -> None:
     _empty(model.b.weight, 1, 2)  # type: ignore[arg-type, union-attr]
     small, _ = _pruned(model.eval(), torch.randn(IMAGE))
     assert _widths(small)["a.weight"][0] == 5
+
+
+def test_a_bias_of_positions_goes_with_its_head() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 36), nn.Linear(12, 6)
+            self.table = nn.Parameter(torch.randn(5, 5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, -1, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self.table.permute(2, 0, 1)[None])
+            made: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+            return made
+
+    model = Biased().eval()
+    _empty(model.out.weight, 4, 5, 6, 7, axis=1)
+    small, _ = _pruned(model, torch.randn(2, 5, 6))
+    assert small.table.shape == (5, 5, 2)
+    assert small.qkv.weight.shape == (24, 6)  # type: ignore[union-attr]

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 import sparsefx
 from sparsefx.algorithms import ALGORITHMS, Algorithm
+from sparsefx.algorithms.at_start import AtStart
 from sparsefx.ops import native
 
 EVERY = 4
@@ -91,7 +92,7 @@ def sparse(dense: nn.Module, algorithm: Algorithm, batch: Tensor, loss_of: Loss,
         pattern=fixed or "unstructured",
         density=None if fixed else 0.1,
         algorithm=algorithm,
-        calibration=[batch],
+        calibration=[batch] if isinstance(algorithm, AtStart) else None,
         loss_fn=loss_of,
         example_inputs=batch if algorithm.name == "synflow" else None,
     )

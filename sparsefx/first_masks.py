@@ -65,8 +65,9 @@ def method_of(
             raise OptionError(f"densities were given, and algorithm {algorithm!r} gives each layer the same; leave them out")
         return Method(algorithms.find("static"), calibrated)
     method = algorithms.find(algorithm, others=tuple(one_shot.ONE_SHOT_METHODS))
-    if not isinstance(method, AtStart):
-        one_shot.expect_no_calibration(calibration, algorithm)
+    if calibration is not None and not isinstance(method, AtStart):
+        users = [one.name for one in algorithms.ALGORITHMS if isinstance(one, AtStart)] + list(one_shot.ONE_SHOT_METHODS)
+        raise OptionError(f"calibration was given, and algorithm {method.name!r} uses none; {', '.join(users)} do. Leave it out")
     reason = method.refusal(pattern)
     if reason is not None:
         raise OptionError(f"algorithm {method.name!r} cannot be used with pattern {pattern.name!r}: {reason}")

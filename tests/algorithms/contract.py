@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sparsefx
 from sparsefx.algorithms import ALGORITHMS, Algorithm
+from sparsefx.algorithms.at_start import AtStart
 from sparsefx.runtime import MaskRuntime
 from tests.training import batches, loss_of, small_net
 
@@ -42,7 +43,7 @@ def sparsified(algorithm: Algorithm, pattern: str, seed: int = 0, **options: Any
         pattern=pattern,
         density=density,
         algorithm=algorithm,
-        calibration=batches(2, seed=5),
+        calibration=batches(2, seed=5) if isinstance(algorithm, AtStart) else None,
         loss_fn=loss_of,
         example_inputs=batches(1)[0][0] if algorithm.name == "synflow" else None,
         **options,

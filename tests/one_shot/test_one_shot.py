@@ -285,7 +285,7 @@ def test_experts_that_no_token_reaches_are_masked_by_magnitude() -> None:
         ([torch.full((2, 32), float("nan"))], {}, NonFiniteError, "0.weight: its inputs .* hold NaN"),
         ([torch.randn(2, 32), torch.full((2, 32), float("inf"))], {}, NonFiniteError, "hold NaN or infinity"),
         ([torch.randn(2, 32)], {"pattern": "2:4-transposable"}, OptionError, "cannot be used with pattern"),
-        ([torch.randn(2, 32)], {"algorithm": "static"}, OptionError, "'static' uses none; wanda and sparsegpt do"),
+        ([torch.randn(2, 32)], {"algorithm": "static"}, OptionError, "'static' uses none; .*wanda, sparsegpt do"),
     ],
 )
 def test_refusals_leave_the_model_as_it_was(calibration: Any, options: Any, error: type[Exception], text: str) -> None:

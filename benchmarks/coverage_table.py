@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.coverage_checks import STEPS
+from benchmarks.sweep import write_json, write_text
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "onnx", "onnxruntime")
 
@@ -18,8 +19,8 @@ PACKAGES = ("torch", "torchvision", "timm", "transformers", "onnx", "onnxruntime
 def write_tables(out: Path) -> None:
     """Gather ``out/models/*/*.json`` into ``out/coverage.json`` and ``out/coverage.md``."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("models/*/*.json"))]
-    _write(out / "coverage.json", json.dumps({"machine": machine(), "models": results}, indent=1))
-    _write(out / "coverage.md", page(results))
+    write_json(out / "coverage.json", {"machine": machine(), "models": results})
+    write_text(out / "coverage.md", page(results))
 
 
 def machine() -> dict[str, str]:
@@ -56,7 +57,7 @@ def _totals(results: Sequence[dict[str, Any]]) -> list[str]:
             passed = sum(r["steps"].get(step, {}).get("ok", False) for r in ran)
             row.append(f"{passed} of {len(ran)}")
         rows.append(row)
-    return _table(["check", *libraries, "all"], rows)
+    return table(["check", *libraries, "all"], rows)
 
 
 def _families(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -77,7 +78,7 @@ def _families(results: Sequence[dict[str, Any]]) -> list[str]:
         if not equal:
             differing += [f"- {name}: {text}" for one in found for text in one["dense_against_rule"] + one["sparse_against_rule"]]
     header = ["family", "models", "sparse", "rule", "equal", "FLOPs counted alike", "note"]
-    return [*_table(header, rows), "", *(differing or ["Equal everywhere."])]
+    return [*table(header, rows), "", *(differing or ["Equal everywhere."])]
 
 
 def _refusals(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -86,7 +87,7 @@ def _refusals(results: Sequence[dict[str, Any]]) -> list[str]:
         step = result["steps"].get("export", {})
         if step and not step["ok"]:
             rows.append([f"{result['library']}/{result['name']}", step["detail"][:300], step.get("parts", "")])
-    return _table(["model", "reason", "exported in parts"], rows) if rows else ["None."]
+    return table(["model", "reason", "exported in parts"], rows) if rows else ["None."]
 
 
 def _models(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -106,20 +107,14 @@ def _models(results: Sequence[dict[str, Any]]) -> list[str]:
                 f"{result.get('peak_bytes', 0) / 2**30:.1f} GiB",
             ]
         )
-    return _table(["model", "parameters", "sparse layers", "passed, or what failed", "ONNX error", "time", "peak memory"], rows)
+    return table(["model", "parameters", "sparse layers", "passed, or what failed", "ONNX error", "time", "peak memory"], rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     cells = [[text.replace("|", "\\|").replace("\n", " ") for text in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *cells]]
 
 
 def _yes(holds: bool) -> str:
     return "yes" if holds else "NO"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -65,7 +65,7 @@ def lower_parts(
         ExportError: no part at all can be exported. Files written before that are not taken away.
         StateError, NonFiniteError, OptionError: as `lower_onnx`.
     """
-    calls = _recorded_calls(model, split_arguments(example_inputs))
+    calls = recorded_calls(model, split_arguments(example_inputs))
     out = Path(folder)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _layer_weights(path: str, module: nn.Module) -> Iterator[str]:
             yield f"{local_path}.{weight.local_name}" if local_path else weight.local_name
 
 
-def _recorded_calls(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
+def recorded_calls(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     """The arguments of the first call of every submodule, by path, in one run in eval mode."""
     calls: dict[str, Inputs] = {"": inputs}
     paths: dict[int, str] = {}

@@ -1,0 +1,201 @@
+"""Empties filters of a model at random, prunes its channels, and compares with the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+import sparsefx
+from benchmarks.coverage_checks import prepared
+from benchmarks.zoo import Case
+from sparsefx.passes.lower_parts import recorded_calls
+
+BARS = {"float32": 1e-5, "float64": 1e-10}
+"""Largest difference of an output, relative to that output's largest value."""
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_NORMS = nn.modules.batchnorm._BatchNorm
+
+
+def examine(case: Case, seed: int = 0) -> dict[str, Any]:
+    """Prune one model, or its largest parts that torch.export takes. What fails is in the result; nothing is raised.
+
+    Returns:
+        ``parts``, each with ``errors`` by dtype, parameters before and after, ``removable`` (see `removable`) and why channels had
+        to stay; ``ok`` where every error is within its bar.
+    """
+    start = time.perf_counter()
+    result: dict[str, Any] = {"library": case.library, "name": case.name, "family": case.family, "parts": [], "ok": True}
+    try:
+        torch.manual_seed(seed)
+        model = prepared(case)
+        generator = torch.Generator().manual_seed(seed)
+        damage(model, generator)
+        call = case.call()
+        for path, module, inputs in _parts(model, call):
+            found = _examine_part(module, inputs, generator)
+            result["parts"].append({"path": path, **found})
+    except Exception as error:  # whatever a model and torch can raise is the finding
+        result.update(ok=False, problem=f"{type(error).__name__}: {error}", trace=traceback.format_exc(limit=-6))
+    within = [part["errors"][name] <= bar for part in result["parts"] for name, bar in BARS.items()]
+    result["ok"] = result["ok"] and bool(within) and all(within)
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return result
+
+
+def damage(model: nn.Module, generator: torch.Generator) -> None:
+    """In place: random biases and batch norms everywhere; in a random half of the layers, a random half of the filters is zero."""
+
+    def uniform(tensor: Tensor | None, low: float, high: float) -> None:
+        if tensor is not None:
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, _NORMS):
+                for tensor, low, high in (
+                    (module.weight, 0.5, 1.5),
+                    (module.bias, -0.5, 0.5),
+                    (module.running_mean, -0.2, 0.2),
+                    (module.running_var, 0.5, 1.5),
+                ):
+                    uniform(tensor, low, high)
+            elif isinstance(module, _LAYERS) and type(module.weight) is nn.Parameter:
+                uniform(module.bias, -0.2, 0.2)
+                transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+                outputs = module.weight.shape[1 if transposed else 0]
+                empty = torch.randperm(outputs, generator=generator)[: outputs // 2]
+                if torch.rand((), generator=generator) < 0.5:
+                    module.weight.index_fill_(1 if transposed else 0, empty, 0)
+
+
+def _parts(model: nn.Module, call: Any) -> Iterator[tuple[str, nn.Module, Any]]:
+    """The whole model, or the largest submodules that torch.export takes, with what they are given."""
+    calls = None
+    pending = [("", model, call)]
+    while pending:
+        path, module, inputs = pending.pop()
+        try:
+            torch.export.export(module, *inputs, strict=False)
+            yield path, module, inputs
+        except Exception:  # export may raise anything
+            if path == "" and getattr(getattr(model, "config", None), "use_cache", False):
+                yield path, module, inputs  # the library leaves caches out itself
+                return
+            calls = recorded_calls(model, call) if calls is None else calls
+            for name, child in reversed(list(module.named_children())):
+                full = f"{path}.{name}" if path else name
+                if full in calls and any(isinstance(inner, _LAYERS) for inner in child.modules()):
+                    pending.append((full, child, calls[full]))
+
+
+def _examine_part(model: nn.Module, inputs: Any, generator: torch.Generator) -> dict[str, Any]:
+    start = time.perf_counter()
+    plan = sparsefx.channel_plan(model, inputs, multiple=1)
+    seconds = time.perf_counter() - start
+    others = _like(inputs, generator)
+    errors = {}
+    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        whole = copy.deepcopy(model).to(dtype)
+        pruned = sparsefx.apply_channel_plan(whole, plan)
+        errors[name] = _difference(_outputs(pruned, others, dtype), _outputs(whole, others, dtype))
+    report = plan.report
+    possible = removable(model, inputs, generator)
+    return {
+        "errors": errors,
+        "parameters": report.parameters,
+        "removed": report.parameters - report.parameters_after,
+        "removable": possible,
+        "operations": report.operations,
+        "operations_after": report.operations_after,
+        "pinned": sorted({row.pinned for row in report.layers if row.pinned and row.empty})[:20],
+        "refused": list(report.refused),
+        "seconds_to_plan": round(seconds, 2),
+    }
+
+
+def removable(model: nn.Module, inputs: Any, generator: torch.Generator) -> int:
+    """An upper bound on the weights that any exact method can remove, by looking at values instead of at the graph.
+
+    A layer keeps the filters that are not zero, and of its inputs those that were seen to change between random inputs in
+    float64, or between places. No coupling, no reshape and no grouping is thought of, so that the bound cannot always be reached.
+    """
+    observed = copy.deepcopy(model).double()
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str, axis: int, data: Tensor) -> None:
+        flat = data.detach().movedim(axis, 0).flatten(1)
+        low, high = flat.amin(1), flat.amax(1)
+        if name in seen:
+            low, high = torch.minimum(low, seen[name][0]), torch.maximum(high, seen[name][1])
+        seen[name] = (low, high)
+
+    for name, module in observed.named_modules():
+        if isinstance(module, _LAYERS):
+            axis = -1 if isinstance(module, nn.Linear) else -(len(module.kernel_size) + 1)
+            module.register_forward_pre_hook(lambda _, args, name=name, axis=axis: note(name, axis, args[0]))  # type: ignore[misc]
+    for _ in range(2):
+        _outputs(observed, _like(inputs, generator), torch.float64)
+    total = 0
+    for name, module in observed.named_modules():
+        if name not in seen:
+            continue
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        weight = module.weight.detach()
+        out_axis = 1 if transposed else 0
+        alive_rows = weight.movedim(out_axis, 0).flatten(1).any(1)
+        low, high = seen[name]
+        alive_inputs = (high - low) > 1e-9 * high.abs().clamp_min(low.abs()).clamp_min(1e-30)
+        share = float(alive_rows.float().mean()) * float(alive_inputs.float().mean())
+        total += round(weight.numel() * (1 - share))
+    return total
+
+
+def _like(inputs: Any, generator: torch.Generator) -> Any:
+    """Random floating-point inputs like the given ones; integers, whose range is not known, as they are."""
+
+    def draw(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
+        return leaf
+
+    return tree_map(draw, inputs)
+
+
+def _outputs(model: nn.Module, inputs: Any, dtype: torch.dtype) -> list[Tensor]:
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(dtype) if leaf.is_floating_point() else leaf.clone()
+        return leaf
+
+    args, kwargs = tree_map(cast, inputs)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [leaf for leaf in tree_leaves(model.eval()(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _difference(first: list[Tensor], second: list[Tensor]) -> float:
+    """Over all outputs, relative to each output's largest value; infinite for other shapes or numbers of outputs."""
+    if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
+        return math.inf
+    worst = 0.0
+    for a, b in zip(first, second, strict=True):
+        if a.is_floating_point() and a.numel():
+            if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+                return math.inf
+            known = torch.isfinite(b)
+            if known.any():
+                worst = max(worst, float((a - b)[known].abs().max() / b[known].abs().max().clamp_min(1e-30)))
+        elif not torch.equal(a, b):
+            return math.inf
+    return worst
+
+
+__all__ = ["BARS", "damage", "examine", "removable"]

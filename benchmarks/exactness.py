@@ -4,7 +4,7 @@
     python benchmarks/exactness.py --only timm
 
 In a random half of the layers a random half of the filters is set to zero; biases, shifts and statistics of batch norms stay, and
-are random. Models that torch.export refuses are pruned in parts. The table has the largest errors, how much was removed of an upper
+are random. Models that torch.export refuses are pruned in parts. The table has the largest errors, what was removed of an upper
 bound, and why channels had to stay. Bars: 1e-5 of the largest value in float32, 1e-10 in float64.
 """
 

@@ -1,6 +1,6 @@
 # Each target makes .venv on first use and reuses it. Nothing is needed but Python 3.10 or newer.
 #
-#   make demo    train a small net dense and 2:4 sparse, write the ONNX file and an HTML report to demo-report/
+#   make demo    train a small net dense and 2:4 sparse, cut another's empty channels, write ONNX files and an HTML report
 #   make test    the whole test suite
 #   make check   ruff and mypy
 #   make bench   the benchmarks that run on a CPU in minutes

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 import sparsefx
 from sparsefx.data import digits
+from sparsefx.demo_channels import PrunedNet, prune_net
 from sparsefx.errors import ExportError
 from sparsefx.html import write_text
 from sparsefx.passes.onnx_report import ExportReport
@@ -53,7 +54,7 @@ class Run:
 
     Attributes:
         seed: of the first weights and the order of batches.
-        kind: ``dense`` or ``2:4``.
+        kind: ``dense``, ``2:4`` or ``channel``.
         accuracy: share of test images that are recognised at the end.
         losses: (step, mean training loss of the last `LOOK_EVERY` steps).
         accuracies: (step, share of test images recognised), after each epoch.
@@ -94,6 +95,7 @@ class DemoResult:
         same_predictions: test images for which the ONNX file and the model name the same digit.
         test_images: how many there are.
         masks: of the first sparse model, by parameter name.
+        pruned: a net with half of its filters left out, before and after these were removed.
         seconds: all in all.
     """
 
@@ -104,6 +106,7 @@ class DemoResult:
     same_predictions: int
     test_images: int
     masks: dict[str, Tensor]
+    pruned: PrunedNet
     seconds: float
 
     def accuracies(self, kind: str) -> list[float]:
@@ -227,7 +230,7 @@ def run_demo(
     data = load_digits()
     runs: list[Run] = []
     models: list[nn.Module] = []
-    steps = 2 * seeds * epochs * (len(data.training_images) // BATCH)
+    steps = (2 * seeds + 1) * epochs * (len(data.training_images) // BATCH)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -250,7 +253,17 @@ def run_demo(
                 runs.append(run)
                 models.append(model)
                 say(f"seed {seed}  {kind:5}  test accuracy {100 * run.accuracy:.2f} %  ({run.seconds:.1f} s)")
-        result = _examine(models[1], data, tuple(runs), out, start)
+        bar.update(task, description="training with half of the filters")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            narrow = sparsefx.sparsify(
+                small_net(), pattern="channel", density=0.5, exclude="classifier", example_inputs=data.test_images[:2]
+            )
+        run = Run(0, "channel")
+        train(narrow, data, run, epochs=epochs, after_step=lambda: bar.advance(task))
+        say(f"seed 0  {run.kind:5}  test accuracy {100 * run.accuracy:.2f} %  ({run.seconds:.1f} s)")
+        pruned = prune_net(narrow, data.test_images, data.test_labels, out)
+        result = _examine(models[1], data, tuple(runs), pruned, out, start)
     say(demo_text(result))
     write_text(out / "report.html", demo_page(result))
     write_text(out / "audit.json", result.audit.to_json())
@@ -259,7 +272,7 @@ def run_demo(
     return result
 
 
-def _examine(model: nn.Module, data: Digits, runs: tuple[Run, ...], out: Path, start: float) -> DemoResult:
+def _examine(model: nn.Module, data: Digits, runs: tuple[Run, ...], pruned: PrunedNet, out: Path, start: float) -> DemoResult:
     """Audit and export a trained sparse model, and compare the file's predictions with its own."""
     import onnxruntime
 
@@ -275,7 +288,7 @@ def _examine(model: nn.Module, data: Digits, runs: tuple[Run, ...], out: Path, s
     answers = session.run(None, {session.get_inputs()[0].name: data.test_images.numpy()})[0]
     same = int((np.argmax(answers, axis=1) == predictions(model, data.test_images).numpy()).sum())
     seconds = time.perf_counter() - start
-    return DemoResult(runs, audit, channels, export, same, len(data.test_images), masks, seconds)
+    return DemoResult(runs, audit, channels, export, same, len(data.test_images), masks, pruned, seconds)
 
 
 @contextmanager
@@ -301,6 +314,7 @@ def _as_json(result: DemoResult) -> str:
         "same_predictions": result.same_predictions,
         "test_images": result.test_images,
         "channels": [asdict(row) for row in result.channels],
+        "pruned": asdict(result.pruned),
         "export": asdict(result.export),
         "runs": [asdict(run) for run in result.runs],
         "seconds": result.seconds,

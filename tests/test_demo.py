@@ -47,6 +47,19 @@ def test_masks_are_2_to_4_and_the_file_agrees_with_the_model(demo: tuple[DemoRes
     assert (out / "digits-2to4.onnx").stat().st_size == result.export.bytes
 
 
+def test_empty_channels_are_removed_and_nothing_changes(demo: tuple[DemoResult, Path, str]) -> None:
+    result, out, text = demo
+    net = result.pruned
+    assert net.accuracy == net.accuracy_after > 0.95
+    assert net.same_predictions == result.test_images
+    assert net.report.parameters_after < 0.4 * net.report.parameters
+    assert net.report.difference is not None
+    assert net.report.difference < 1e-10
+    assert (out / "digits-pruned.onnx").stat().st_size == net.export.bytes < (out / "digits-channels.onnx").stat().st_size / 2
+    assert "A net trained with half of its filters, then cut: parameters" in text
+    assert "the same digit on 597 of 597 images" in text
+
+
 def test_masks_move_early_and_settle(demo: tuple[DemoResult, Path, str]) -> None:
     result, _, _ = demo
     for run in result.runs:
@@ -59,7 +72,8 @@ def test_masks_move_early_and_settle(demo: tuple[DemoResult, Path, str]) -> None
 
 def test_everything_is_printed_and_saved(demo: tuple[DemoResult, Path, str]) -> None:
     result, out, printed = demo
-    assert sorted(file.name for file in out.iterdir()) == ["audit.json", "digits-2to4.onnx", "report.html", "results.json"]
+    files = ["digits-2to4.onnx", "digits-channels.onnx", "digits-pruned.onnx"]
+    assert sorted(file.name for file in out.iterdir()) == ["audit.json", *files, "report.html", "results.json"]
     saved = json.loads((out / "results.json").read_text())
     assert saved["accuracy"]["2:4"] == result.accuracies("2:4")
     assert [row["layer"] for row in saved["channels"]] == ["conv2", "conv3", "conv4", "classifier"]

@@ -8,6 +8,7 @@ from sparsefx.errors import SparsefxError
 from sparsefx.lottery import lottery_ticket
 from sparsefx.passes.analyze_eligibility import Eligibility
 from sparsefx.runtime import MaskRuntime
+from sparsefx.sparse_file import Loaded, load, save
 
 try:
     __version__ = version("sparsefx")
@@ -16,6 +17,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "Eligibility",
+    "Loaded",
     "MaskRuntime",
     "SparsefxError",
     "algorithms",
@@ -24,9 +26,11 @@ __all__ = [
     "export_onnx",
     "finalize",
     "graph",
+    "load",
     "lottery_ticket",
     "masks",
     "patterns",
+    "save",
     "schedules",
     "sparsify",
 ]

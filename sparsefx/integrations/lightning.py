@@ -50,6 +50,8 @@ class SparsityCallback(Callback):  # type: ignore[misc]  # lightning is not type
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sparsify and attach, when Lightning has restored weights and optimizers of a checkpoint; then restore the masks."""
+        # First masks may be drawn at random: they must not cost a resumed run its weights.
+        weights = None if self._saved is None else {name: value.clone() for name, value in pl_module.state_dict().items()}
         if not has_records(pl_module):
             inputs = pl_module.example_input_array
             sparsify(pl_module, **{"pattern": self._pattern, "example_inputs": inputs, **self._sparsify_options})
@@ -57,8 +59,9 @@ class SparsityCallback(Callback):  # type: ignore[misc]  # lightning is not type
             self.runtime.detach()
         optimizers = [_plain(optimizer) for optimizer in trainer.optimizers]
         self.runtime = attach(pl_module, optimizers, **{**_steps(trainer, self._attach_options), **self._attach_options})
-        if self._saved is not None:
+        if self._saved is not None and weights is not None:
             self.runtime.load_state_dict(self._saved)
+            pl_module.load_state_dict(weights)
             self._saved = None
         self._watch = MaskWatch(pl_module)
 

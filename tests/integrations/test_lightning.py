@@ -105,12 +105,8 @@ class StopAt(L.Callback):  # type: ignore[misc,name-defined]
 
 @pytest.mark.parametrize(
     ("algorithm", "attach_options", "options"),
-    [
-        ("magnitude", {}, {}),
-        ("set", {"rewire_every": 2}, {"precision": "bf16-mixed"}),
-        ("magnitude", {}, {"accumulate_grad_batches": 2}),
-    ],
-    ids=["magnitude", "set bf16", "accumulated"],
+    [("magnitude", {}, {}), ("set", {"rewire_every": 2}, {"precision": "bf16-mixed"})],
+    ids=["magnitude", "set bf16"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, algorithm: str, attach_options: dict[str, Any], options: dict[str, Any]

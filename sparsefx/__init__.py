@@ -14,6 +14,7 @@ from sparsefx.passes.quantize_onnx import quantize_onnx
 from sparsefx.permutation import kept_magnitude, search_permutation
 from sparsefx.pruning import apply_channel_plan, channel_plan, channel_plan_of, prune_channels, prune_channels_
 from sparsefx.runtime import MaskRuntime
+from sparsefx.sparse_file import Loaded, load, save
 
 try:
     __version__ = version("sparsefx")
@@ -23,6 +24,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 __all__ = [
     "ChannelPlan",
     "Eligibility",
+    "Loaded",
     "MaskRuntime",
     "SparsefxError",
     "algorithms",
@@ -39,12 +41,14 @@ __all__ = [
     "finalize",
     "graph",
     "kept_magnitude",
+    "load",
     "lottery_ticket",
     "masks",
     "patterns",
     "prune_channels",
     "prune_channels_",
     "quantize_onnx",
+    "save",
     "schedules",
     "search_permutation",
     "sparsify",

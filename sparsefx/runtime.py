@@ -316,6 +316,11 @@ class MaskRuntime:
             "parameters": parameters,
         }
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise the StateError that `load_state_dict` would; nothing is changed."""
+        records = {entry.name: entry.record for hooks in self._hooks for entry in hooks.followed}
+        check_state(state, records, self.algorithm.name, len(self._hooks))
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from `state_dict`, all or nothing. Load the model's own state_dict too, before or after.
@@ -323,8 +328,8 @@ class MaskRuntime:
         Raises:
             StateError: the state is of another version, algorithm, set of parameters, pattern or shape.
         """
+        self.check_state_dict(state)
         entries = {entry.name: entry for hooks in self._hooks for entry in hooks.followed}
-        check_state(state, {name: entry.record for name, entry in entries.items()}, self.algorithm.name, len(self._hooks))
         for name, saved in state["parameters"].items():
             entry = entries[name]
             parameter = entry.parameter().detach()

@@ -26,10 +26,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OptionError: the file cannot be read, holds no state_dict, or does not fit the model, which then is as before.
     """
     name = os.fspath(path)
-    found = _unwrapped(_read(name), name)
-    for prefix in _PREFIXES:
-        if found and all(key.startswith(prefix) for key in found):
-            found = {key.removeprefix(prefix): value for key, value in found.items()}
+    found = read_weights(name)
     expected = model.state_dict()
     problems = [
         f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
@@ -68,6 +65,15 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise OptionError(f"{name} cannot be written: {error}; choose a folder that exists and can be written to") from error
 
 
+def read_weights(name: str) -> dict[str, Any]:
+    """The state_dict in a file, under the names of an unwrapped model. Raises OptionError as `load_weights` does."""
+    found = _unwrapped(_read(name), name)
+    for prefix in _PREFIXES:
+        if found and all(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): value for key, value in found.items()}
+    return found
+
+
 def _read(name: str) -> Any:
     try:
         if name.endswith(".safetensors"):
@@ -75,7 +81,8 @@ def _read(name: str) -> Any:
                 from safetensors.torch import load_file
             except ModuleNotFoundError:
                 raise OptionError("safetensors is not installed; install it with: pip install 'sparsefx[zoo]'") from None
-            return load_file(name)
+            # What sparsefx.save puts beside the weights is not part of a state_dict.
+            return {key: value for key, value in load_file(name).items() if not key.startswith("sparsefx/")}
         return torch.load(name, map_location="cpu", weights_only=True)
     except OptionError:
         raise

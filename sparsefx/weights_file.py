@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
+from sparsefx.atomic_file import replace_file
 from sparsefx.errors import OptionError
 
 # Where training scripts put the weights among other things.
@@ -46,23 +48,17 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the model's state_dict, as safetensors where the name ends so, else as torch.save does, through a temporary file.
 
     Raises:
-        OptionError: the file cannot be written, or safetensors is not installed.
+        OptionError: the file cannot be written.
     """
     name = os.fspath(path)
-    try:
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(name))) as folder:
-            draft = os.path.join(folder, "weights")
-            if name.endswith(".safetensors"):
-                try:
-                    from safetensors.torch import save_model
-                except ModuleNotFoundError:
-                    raise OptionError("safetensors is not installed; install it with: pip install 'sparsefx[zoo]'") from None
-                save_model(model, draft)
-            else:
-                torch.save(model.state_dict(), draft)
-            os.replace(draft, name)
-    except OSError as error:
-        raise OptionError(f"{name} cannot be written: {error}; choose a folder that exists and can be written to") from error
+
+    def write(file: Path) -> None:
+        if name.endswith(".safetensors"):
+            save_model(model, str(file))
+        else:
+            torch.save(model.state_dict(), file)
+
+    replace_file(name, write)
 
 
 def read_weights(name: str) -> dict[str, Any]:
@@ -77,10 +73,6 @@ def read_weights(name: str) -> dict[str, Any]:
 def _read(name: str) -> Any:
     try:
         if name.endswith(".safetensors"):
-            try:
-                from safetensors.torch import load_file
-            except ModuleNotFoundError:
-                raise OptionError("safetensors is not installed; install it with: pip install 'sparsefx[zoo]'") from None
             # What sparsefx.save puts beside the weights is not part of a state_dict.
             return {key: value for key, value in load_file(name).items() if not key.startswith("sparsefx/")}
         return torch.load(name, map_location="cpu", weights_only=True)

@@ -52,7 +52,7 @@ def test_json_has_widths_before_and_after() -> None:
     [
         (["prune", TARGET, "--multiple", "none"], "expected 'auto' or a positive number"),
         (["prune", "model.onnx"], "is an ONNX file"),
-        (["prune", TARGET, "--out", "no/such/folder/small.pt"], "cannot be written"),
+        (["prune", TARGET, "--out", "no/such/folder/small.pt"], "does not exist; create it first"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], told: str) -> None:

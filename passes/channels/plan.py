@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsefx.atomic_file import replace_file
 from sparsefx.errors import OptionError
 from sparsefx.passes.channels.report import PruningReport
 
@@ -58,9 +60,8 @@ class ChannelPlan:
         """Write the plan as a safetensors file, through a temporary one beside it.
 
         Raises:
-            OptionError: safetensors is not installed, or the file cannot be written.
+            OptionError: the file cannot be written.
         """
-        save_file = _safetensors("save_file")
         tensors: dict[str, Tensor] = {}
         for name, axes in self.kept.items():
             for axis, indices in axes.items():
@@ -75,25 +76,16 @@ class ChannelPlan:
             "attributes": [asdict(attribute) for attribute in self.attributes],
             "report": self.report.as_dict(),
         }
-        name = os.fspath(path)
-        try:
-            with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(name))) as folder:
-                draft = os.path.join(folder, "plan.safetensors")
-                save_file(
-                    tensors or {"nothing": torch.zeros(1)}, draft, metadata={"sparsefx_channel_plan": json.dumps(described)}
-                )
-                os.replace(draft, name)
-        except OSError as error:
-            raise OptionError(f"{name} cannot be written: {error}; choose a folder that exists and can be written to") from error
+        metadata = {"sparsefx_channel_plan": json.dumps(described)}
+        replace_file(path, lambda file: save_file(tensors or {"nothing": torch.zeros(1)}, file, metadata=metadata))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> ChannelPlan:
         """Read a plan that `save` wrote.
 
         Raises:
-            OptionError: safetensors is not installed, there is no such file, or it holds no plan.
+            OptionError: there is no such file, or it holds no plan.
         """
-        safe_open = _safetensors("safe_open")
         name = os.fspath(path)
         try:
             with safe_open(name, framework="pt") as file:
@@ -128,12 +120,3 @@ class ChannelPlan:
 
 def _tuples(attribute: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) for key, value in attribute.items() if isinstance(value, list)}
-
-
-def _safetensors(function: str) -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ModuleNotFoundError:
-        raise OptionError("safetensors is not installed; install it with: pip install 'sparsefx[zoo]'") from None
-    return getattr(safetensors.torch if function == "save_file" else safetensors, function)

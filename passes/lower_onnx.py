@@ -21,6 +21,7 @@ from sparsefx.capture.caches import caches, without_caches
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
 from sparsefx.passes.compact_weights import compact, densify
+from sparsefx.passes.onnx_attention import spell_out_attention
 from sparsefx.passes.onnx_bfloat16 import float32_inputs, float32_model, round_folded, write_float32_twin
 from sparsefx.passes.onnx_check import (
     FileRunner,
@@ -315,10 +316,12 @@ def _translate(
         raise ExportError("the model returns a Python number or text, and ONNX outputs are tensors; return tensors only")
     try:
         with _quiet():
+            program = spell_out_attention(program)
             translated = torch.onnx.export(program, opset_version=opset, optimize=False, verbose=False)
             assert translated is not None
             sources = fold_transposes(translated.model)
             translated.optimize()
+            translated.model.graph.sort()  # the exporter puts some casts behind what reads them
     except Exception as error:
         cause = error.__cause__ or error
         raise ExportError(

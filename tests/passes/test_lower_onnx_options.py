@@ -148,3 +148,28 @@ def test_an_operator_set_that_nobody_knows(tmp_path: Path, version: int) -> None
 def test_a_file_without_weights_is_no_error(tmp_path: Path) -> None:
     sparsefx.export_onnx(nn.ReLU(), torch.randn(2, 3), tmp_path / "m.onnx")
     assert audit_onnx(tmp_path / "m.onnx") == ()
+
+
+class WideAttention(nn.Module):
+    """Attention over five axes, or three, which the exporter alone refuses."""
+
+    def __init__(self, causal: bool, masked: bool, windows: tuple[int, ...]) -> None:
+        super().__init__()
+        self.projection = nn.Linear(16, 48)
+        self.causal, self.windows = causal, windows
+        self.mask = torch.rand(6, 6) > 0.3 if masked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.projection(x).unflatten(1, (*self.windows, 6)).chunk(3, -1)
+        mask = None if self.mask is None else self.mask | torch.eye(6, dtype=torch.bool)
+        found: Tensor = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=self.causal)
+        return found
+
+
+@pytest.mark.parametrize(("causal", "masked"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("windows", [(), (2, 2)])
+def test_attention_over_any_number_of_axes(tmp_path: Path, causal: bool, masked: bool, windows: tuple[int, ...]) -> None:
+    model = WideAttention(causal, masked, windows)
+    report = lower_onnx(model, torch.randn(2, 24 if windows else 6, 16), tmp_path / "model.onnx")
+    assert report.largest_relative_error < 1e-5
+    assert report.outputs[0].largest_value > 0.1

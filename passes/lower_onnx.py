@@ -21,7 +21,6 @@ from sparsefx.capture.caches import caches, without_caches
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
 from sparsefx.passes.compact_weights import compact, densify
-from sparsefx.passes.onnx_attention import spell_out_attention
 from sparsefx.passes.onnx_bfloat16 import float32_inputs, float32_model, round_folded, write_float32_twin
 from sparsefx.passes.onnx_check import (
     FileRunner,
@@ -45,6 +44,7 @@ from sparsefx.passes.onnx_names import (
     without_negative_zeros,
 )
 from sparsefx.passes.onnx_report import ExportedWeight, ExportReport, OutputError
+from sparsefx.passes.onnx_spell_out import spell_out
 from sparsefx.passes.onnx_verify import annotate, promises_of, verify_file
 from sparsefx.passes.onnx_write import check_destination, destination_of, write_checked
 
@@ -316,7 +316,7 @@ def _translate(
         raise ExportError("the model returns a Python number or text, and ONNX outputs are tensors; return tensors only")
     try:
         with _quiet():
-            program = spell_out_attention(program)
+            program = spell_out(program)
             translated = torch.onnx.export(program, opset_version=opset, optimize=False, verbose=False)
             assert translated is not None
             sources = fold_transposes(translated.model)

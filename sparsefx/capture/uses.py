@@ -143,8 +143,9 @@ _CONVOLUTIONS = {f"conv{n}d": n for n in (1, 2, 3)}
 _TRANSPOSED = {f"conv_transpose{n}d": n for n in (1, 2, 3)}
 _PRODUCTS = {"matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "__matmul__": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 _PRODUCTS.update({"addbmm": (1, 2), "mv": (0, 1), "addmv": (1, 2), "matvec": (0, 1)})
-# Products of groups of rows with one matrix each, of a stack: mixtures of experts.
-_PRODUCTS.update(dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), (0, 1)))
+GROUPED_PRODUCTS = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+"""Products of groups of rows with one matrix each, of a stack: mixtures of experts."""
+_PRODUCTS.update(dict.fromkeys(GROUPED_PRODUCTS, (0, 1)))
 # Fused ops, and how many leading arguments are activations: each matrix behind them is read as [out, in].
 _FUSED = {
     "multi_head_attention_forward": 3,

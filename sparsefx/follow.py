@@ -129,14 +129,24 @@ def refuse_split_threshold(owners: dict[str, Followed], plan: Sequence[Sequence[
             )
 
 
-def broadcast_masks(model: nn.Module) -> None:
-    """Replicas start from the masks of rank 0, as DistributedDataParallel starts them from its parameters."""
+def broadcast_masks(model: nn.Module, generator: torch.Generator) -> None:
+    """Replicas start from the masks, densities and random numbers of rank 0, as DistributedDataParallel starts them from its
+    parameters."""
     for wrapper in model.modules():
         if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
             continue
         group = wrapper.process_group
         source = torch.distributed.get_global_rank(group, 0)
+        device = next(wrapper.parameters()).device
+        state = generator.get_state().to(device)
+        torch.distributed.broadcast(state, source, group=group)
+        generator.set_state(state.cpu())
         for _, parameter, record in sparse_parameters(wrapper):
+            # Both may come from weights, which differed.
+            densities = torch.tensor([record.density, record.target or 0.0], dtype=torch.float64, device=device)
+            torch.distributed.broadcast(densities, source, group=group)
+            record.density = float(densities[0])
+            record.target = None if record.target is None else float(densities[1])
             weight = parameter.detach()
             record.follow(weight)
             bits = record.mask.to(torch.uint8).contiguous()

@@ -230,7 +230,7 @@ class MaskRuntime:
             run.layers = [Layer(name, owners[name].parameter(), owners[name].record, run) for name in names]
             algorithm.check(run)
         refuse_double_following(owners, plan, replace)
-        broadcast_masks(model)
+        broadcast_masks(model, self._generator)
         for entry in owners.values():
             adopt(entry.record, entry.parameter())
             entry.record.left_out = None

@@ -160,7 +160,8 @@ class _Einsum(nn.Module):
     [
         ("bnd,kd->bnk", (8, 16), 1, ""),
         ("bnd,dhk->bnhk", (16, 2, 4), 0, ""),
-        ("bnd,hkd->bnhk", (2, 4, 16), None, "axis 2"),
+        ("bnd,hkd->bnhk", (2, 4, 16), 2, ""),
+        ("bnd,hkld->bnhkl", (2, 4, 2, 16), None, "axis 3"),
         ("bnd,nd->b", (5, 16), None, "exactly one axis"),
     ],
 )

@@ -13,6 +13,7 @@ PROGRAM = """
 import torch
 from torch import nn
 
+torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
 optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
 steps = 301

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.zoo import Case
@@ -62,7 +62,8 @@ class RuleCount(TorchDispatchMode):
             for side, position in enumerate(_PRODUCTS.get(packet, (0, 1))):
                 operand = args[position]
                 parameter = self.by_storage.get(operand.untyped_storage().data_ptr())
-                if parameter is not None and parameter.ndim >= 2:
+                other = args[_PRODUCTS.get(packet, (0, 1))[1 - side]]
+                if parameter is not None and parameter.ndim >= 2 and not _is_one_hot(other, -1 if side else -2):
                     reduced = operand.shape[-1 if side == 0 else -2]
                     self._add(parameter, 2 * result.numel() * reduced, reduced)
         return result
@@ -70,6 +71,11 @@ class RuleCount(TorchDispatchMode):
     def _add(self, parameter: nn.Parameter, products: int, reduced: int) -> None:
         self.flops[id(parameter)] = self.flops.get(id(parameter), 0) + products
         self.reduction[id(parameter)] = reduced
+
+
+def _is_one_hot(operand: Tensor, axis: int) -> bool:
+    """Whether every vector along the axis is a one among zeros, read from the values: the product is a lookup of rows."""
+    return operand.shape[axis] > 1 and bool(((operand == 0) | (operand == 1)).all() and (operand.sum(axis) == 1).all())
 
 
 def count(case: Case, model: nn.Module) -> RuleCount:

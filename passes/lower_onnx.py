@@ -35,6 +35,7 @@ from sparsefx.passes.onnx_evaluate import evaluating
 from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes, with_free_batch
 from sparsefx.passes.onnx_names import (
     Source,
+    adopt_constants,
     fold_transposes,
     make_plain,
     name_folded,
@@ -321,6 +322,7 @@ def _translate(
             assert translated is not None
             sources = fold_transposes(translated.model)
             translated.optimize()
+            adopt_constants(translated.model)
             translated.model.graph.sort()  # the exporter puts some casts behind what reads them
     except Exception as error:
         cause = error.__cause__ or error

@@ -149,6 +149,23 @@ def without_negative_zeros(model: ir.Model) -> None:
             use.value.const_value = ir.Tensor(np.where(zeros, np.zeros((), array.dtype), array), dtype=use.value.dtype, name=name)
 
 
+def adopt_constants(model: ir.Model) -> None:
+    """Register every constant that a node reads and the graph does not hold, under a name of its own, in place.
+
+    The optimizer names the bounds of a fused Clip after what is clipped. Where one value is clipped twice, the second
+    pair of bounds takes the place of the first among the initializers, and the first Clip reads what is not there.
+    """
+    graph = model.graph
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.producer() is not None or value.is_graph_input() or value.const_value is None:
+                continue
+            if graph.initializers.get(value.name or "") is not value and node.graph is graph:
+                value.name = _numbered(value.name or "constant", graph)
+                value.const_value.name = value.name
+                graph.register_initializer(value)
+
+
 def name_outputs(model: ir.Model, names: list[str]) -> None:
     """Name the graph's outputs, in place; a name that another value has stays as the exporter made it."""
     for value, name in zip(model.graph.outputs, names, strict=False):

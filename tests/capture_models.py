@@ -24,6 +24,20 @@ class Bare(nn.Module):
         return functional.conv1d(data.transpose(1, 2), self.kernel, stride=1, padding=1)
 
 
+class OneHot(nn.Module):
+    """A table of positions that is read by a product with one-hot rows, and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, 32, 16))
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        rows = functional.one_hot(positions.clamp(min=0), num_classes=32).permute(0, 2, 1, 3).to(self.table)
+        result: Tensor = self.layer((rows @ self.table).sum(1))
+        return result
+
+
 class Tied(nn.Module):
     """Two layers with one weight, and one layer called twice."""
 

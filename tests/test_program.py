@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from sparsefx.capture import capture
 from sparsefx.capture.arguments import describe_arguments, split_arguments
 from sparsefx.capture.graph_uses import parameters_read
+from sparsefx.capture.observe import observe_run
 from sparsefx.errors import CaptureError
 from sparsefx.program import CallSite, Program, Rung, Stage
 from sparsefx.verify import verify
-from tests.capture_models import Bare, Branching, Disagreeing, Opaque, Recurrent, Residual, Tied, Words
+from tests.capture_models import Bare, Branching, Disagreeing, OneHot, Opaque, Recurrent, Residual, Tied, Words
 
 
 def _facts(program: Program, name: str) -> list[tuple[str, int | None, int]]:
@@ -129,6 +130,16 @@ def test_tied_weights_are_one_parameter_with_all_their_uses() -> None:
         assert [site.op for site in program.call_sites["first.weight"]] == ["linear", "linear"]
         assert len(program.call_sites["again.weight"]) == 2
         assert "second.weight" not in program.call_sites
+
+
+def test_a_product_with_one_hot_rows_is_an_embedding_at_every_rung() -> None:
+    model, positions = OneHot(), torch.randint(0, 32, (3, 5, 2))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    observed = observe_run(model, (positions,), {}, names)
+    exported = capture(model, (positions,)).call_sites["table"]
+    traced = capture(model).call_sites["table"]
+    for sites in ([site for site in observed if site.parameter == "table"], exported, traced):
+        assert [(site.op, site.reduction_axis, site.flops, site.problem) for site in sites] == [("embedding", None, None, "")]
 
 
 def test_a_transposed_use_has_the_other_axis() -> None:

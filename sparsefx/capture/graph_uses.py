@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsefx.capture.uses import METADATA, SAME_ELEMENTS, SCALINGS, VIEWS, Use, View, op_name, read_uses
+from sparsefx.capture.uses import (
+    METADATA,
+    ONE_HOT,
+    SAME_ELEMENTS,
+    SCALINGS,
+    VIEWS,
+    Use,
+    View,
+    as_lookup,
+    is_known_product,
+    op_name,
+    read_uses,
+)
 from sparsefx.program import CallSite, Rung
 
 # Higher-order ops whose body runs once, with the operands behind it, in order.
@@ -64,6 +76,7 @@ class _Walker:
         self.rung = rung
         self.prefix = prefix
         self.sites: list[CallSite] = []
+        self.one_hot: set[fx.Node] = set()
 
     def walk(self, graph_module: fx.GraphModule, views: dict[fx.Node, Any]) -> None:
         """``views`` maps a node to the View it stands for, or to a tuple of Views for ops with several results."""
@@ -72,6 +85,8 @@ class _Walker:
                 value = attribute(graph_module, node.target)
                 if isinstance(value, nn.Parameter) and id(value) in self.names:
                     views[node] = View.of(self.names[id(value)], value)
+            elif self.is_one_hot(node):
+                self.one_hot.add(node)
             elif any(argument in views for argument in node.all_input_nodes):
                 self.visit(graph_module, node, views)
 
@@ -94,9 +109,19 @@ class _Walker:
             return found if isinstance(found, View) else None
 
         uses = read_uses(name, node.args, node.kwargs, view_of, value_shape, value_shape(node))
+        if is_known_product(name) and any(argument in self.one_hot for argument in node.all_input_nodes):
+            uses = [as_lookup(use) for use in uses]
         where = caller(node)
         where = f"{self.prefix}.{where}" if self.prefix and where else self.prefix or where
         self.sites.extend(as_site(use, where, self.rung) for use in uses)
+
+    def is_one_hot(self, node: fx.Node) -> bool:
+        """Whether the node gives a one-hot tensor, or a view or cast of one."""
+        if node.op not in ("call_function", "call_method"):
+            return False
+        name = op_name(node.target)
+        passes_on = name in VIEWS or name in SAME_ELEMENTS
+        return name == ONE_HOT or (passes_on and bool(node.args) and node.args[0] in self.one_hot)
 
     def enter(self, graph_module: fx.GraphModule, node: fx.Node, views: dict[fx.Node, Any]) -> bool:
         """Follow the operands of a wrapper into its body."""

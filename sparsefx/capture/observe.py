@@ -13,7 +13,18 @@ from torch.overrides import TorchFunctionMode
 from sparsefx.capture.arguments import copies, describe_arguments
 from sparsefx.capture.graph_uses import as_site
 from sparsefx.capture.state import unchanged
-from sparsefx.capture.uses import METADATA, SAME_ELEMENTS, SCALINGS, VIEWS, View, op_name, read_uses
+from sparsefx.capture.uses import (
+    METADATA,
+    ONE_HOT,
+    SAME_ELEMENTS,
+    SCALINGS,
+    VIEWS,
+    View,
+    as_lookup,
+    is_known_product,
+    op_name,
+    read_uses,
+)
 from sparsefx.errors import CaptureError
 from sparsefx.program import CallSite, Rung
 
@@ -53,6 +64,7 @@ class _Observer(TorchFunctionMode):
         self.parameters = {id(p): View.of(names[id(p)], p) for p in model.parameters()}
         # Results that hold a parameter's elements in storage of their own; the tensor is kept so that its id stays its own.
         self.derived: dict[int, tuple[Tensor, View]] = {}
+        self.one_hot: dict[int, Tensor] = {}
         self.storages: dict[int, list[tuple[int, int, View]]] = {}
         for parameter in model.parameters():
             address = _address(parameter)
@@ -75,6 +87,10 @@ class _Observer(TorchFunctionMode):
 
     def note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         view = self.view_of(args[0]) if args else None
+        passes_on = name in VIEWS or name in SAME_ELEMENTS
+        if isinstance(result, Tensor) and (name == ONE_HOT or (passes_on and bool(args) and id(args[0]) in self.one_hot)):
+            self.one_hot[id(result)] = result
+            return
         if name in VIEWS and view is not None:
             copied = isinstance(result, Tensor) and self.view_of(result) is None
             if not copied:
@@ -91,7 +107,9 @@ class _Observer(TorchFunctionMode):
                 self.derived[id(result)] = (result, found[0])
                 return
         shape = _shape(result)
+        looks_up = is_known_product(name) and any(id(argument) in self.one_hot for argument in args)
         for use in read_uses(name, args, kwargs, self.view_of, _shape, shape):
+            use = as_lookup(use) if looks_up else use
             self.sites.append(as_site(use, self.owners[use.view.parameter], Rung.OBSERVED))
 
     def view_of(self, value: Any) -> View | None:

@@ -139,6 +139,9 @@ LIKE = frozenset(("to", "type_as", "view_as", "expand_as", "reshape_as"))
 
 EMBEDDINGS = frozenset(("embedding", "embedding_bag", "_embedding_bag"))
 
+ONE_HOT = "one_hot"
+"""The op whose result, in a product with a weight, picks rows of the weight: a lookup, written as a product."""
+
 _CONVOLUTIONS = {f"conv{n}d": n for n in (1, 2, 3)}
 _TRANSPOSED = {f"conv_transpose{n}d": n for n in (1, 2, 3)}
 _PRODUCTS = {"matmul": (0, 1), "mm": (0, 1), "bmm": (0, 1), "__matmul__": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
@@ -259,6 +262,11 @@ def read_uses(
     if name in LIKE:
         args, kwargs = args[:1], {}
     return [Use(view, name, problem="" if name in EMBEDDINGS else _unknown(name)) for view in _views(args, kwargs, view_of)]
+
+
+def as_lookup(use: Use) -> Use:
+    """The use, made by a product with a one-hot operand: an embedding, which sums over nothing."""
+    return Use(use.view, "embedding")
 
 
 def _unknown(name: str) -> str:

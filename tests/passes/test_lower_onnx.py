@@ -329,3 +329,21 @@ def test_same_model_same_bytes_also_in_another_process(tmp_path: Path) -> None:
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
     assert str(Path.cwd()).encode() not in contents[0]
+
+
+def test_one_value_that_is_clipped_twice_keeps_both_pairs_of_bounds(tmp_path: Path) -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+            self.low, self.high = (nn.Buffer(torch.tensor(bound)) for bound in (-0.1, 0.1))
+
+        def forward(self, data: Tensor) -> Tensor:
+            data = self.layer(data)
+            near = torch.minimum(torch.maximum(data, self.low), self.high)
+            far = torch.minimum(torch.maximum(data, 5 * self.low), 5 * self.high)
+            return near + torch.tanh(far)
+
+    report = lower_onnx(Clipped(), torch.randn(4, 16), tmp_path / "m.onnx")
+    assert all(output.largest_absolute <= 1e-6 for output in report.outputs)
+    assert [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node].count("Clip") == 2

@@ -192,7 +192,7 @@ def _computed(model: nn.Module, full_name: str) -> Tensor | None:
     with torch.no_grad(), unchanged(model):
         try:
             value = getattr(model.get_submodule(path), local_name)
-        except Exception:
+        except Exception:  # a user's parametrization may raise anything
             return None
     return value if isinstance(value, Tensor) else None
 

@@ -99,14 +99,19 @@ def _generic(name: str) -> Case | None:
             return None
         for key in ("input_ids", "pixel_values", "input_values", "input_features"):
             case = Case("transformers", name, "drawn", build, lambda key=key: _call(key))  # type: ignore[misc]
-            try:
-                args, kwargs = case.call()
-                with torch.no_grad():
-                    model(*args, **kwargs)
+            if _takes(model, case):
                 return case
-            except Exception:
-                continue
     return None
+
+
+def _takes(model: nn.Module, case: Case) -> bool:
+    try:
+        args, kwargs = case.call()
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception:  # what a model raises on inputs of another kind is its own business
+        return False
+    return True
 
 
 def _call(key: str) -> Call:

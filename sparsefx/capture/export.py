@@ -39,7 +39,7 @@ def exported_program(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     with unchanged(model), _quiet():
         try:
             return torch.export.export(model, args, kwargs, strict=False)
-        except Exception:
+        except Exception:  # export may raise anything; without caches to leave out, it goes on to the caller
             if not caches(model):
                 raise
             # The usual reason with transformers: the output holds a cache object, which is no tensor structure.

@@ -24,35 +24,13 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import sparsefx
+from benchmarks.deployed_models import DEPLOYED
 from sparsefx.onnx_audit import audit_onnx
 
 SEED, BARS = 0, {"float16": 0.5626, "float32": 0.5313}
-
-
-def resnet50() -> tuple[nn.Module, Any]:
-    import torchvision
-
-    return torchvision.models.resnet50(), torch.randn(1, 3, 64, 64)
-
-
-def convnext() -> tuple[nn.Module, Any]:
-    import torchvision
-
-    return torchvision.models.convnext_tiny(), torch.randn(1, 3, 64, 64)
-
-
-def vit_b() -> tuple[nn.Module, Any]:
-    import torchvision
-
-    return torchvision.models.vit_b_16(image_size=32), torch.randn(1, 3, 32, 32)
-
-
-def bert() -> tuple[nn.Module, Any]:
-    import transformers
-
-    model = transformers.BertModel(transformers.BertConfig(vocab_size=1000))
-    return model, {"input_ids": torch.randint(0, 1000, (1, 16)), "attention_mask": torch.ones(1, 16, dtype=torch.int64)}
 
 
 def llama() -> tuple[nn.Module, Any]:
@@ -64,13 +42,7 @@ def llama() -> tuple[nn.Module, Any]:
     return transformers.LlamaForCausalLM(config), {"input_ids": torch.randint(0, 1000, (1, 16))}
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    "resnet50": resnet50,
-    "convnext": convnext,
-    "vit_b": vit_b,
-    "bert": bert,
-    "llama": llama,
-}
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {**DEPLOYED, "llama": llama}
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:

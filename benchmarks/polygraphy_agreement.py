@@ -26,7 +26,10 @@ import polygraphy
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import sparsefx
+from benchmarks.deployed_models import DEPLOYED
 from sparsefx.onnx_audit import OnnxWeight, audit_onnx
 
 SEED = 0
@@ -50,42 +53,11 @@ class TransposedConvolutions(nn.Module):
         return self.last(self.up(self.down(x)))
 
 
-def resnet50() -> tuple[nn.Module, Tensor]:
-    import torchvision
-
-    return torchvision.models.resnet50(), torch.randn(1, 3, 64, 64)
-
-
-def vit_b() -> tuple[nn.Module, Tensor]:
-    import torchvision
-
-    return torchvision.models.vit_b_16(image_size=32), torch.randn(1, 3, 32, 32)
-
-
-def bert() -> tuple[nn.Module, Any]:
-    import transformers
-
-    model = transformers.BertModel(transformers.BertConfig(vocab_size=1000))
-    return model, {"input_ids": torch.randint(0, 1000, (1, 16)), "attention_mask": torch.ones(1, 16, dtype=torch.int64)}
-
-
-def convnext() -> tuple[nn.Module, Tensor]:
-    import torchvision
-
-    return torchvision.models.convnext_tiny(), torch.randn(1, 3, 64, 64)
-
-
 def transposed() -> tuple[nn.Module, Tensor]:
     return TransposedConvolutions(), torch.randn(1, 3, 32, 32)
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    "transposed": transposed,
-    "resnet50": resnet50,
-    "convnext": convnext,
-    "vit_b": vit_b,
-    "bert": bert,
-}
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {"transposed": transposed, **DEPLOYED}
 
 
 def make_every_second_sparse(model: nn.Module, inputs: Any) -> None:

@@ -7,17 +7,21 @@ index maps and never names. An op without a rule pins what it touches, and says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from sparsefx.passes.channel_rules import RULES
 from sparsefx.passes.channels.graph import ChannelGraph
-from sparsefx.passes.channels.propagation import Propagation
+from sparsefx.passes.channels.propagation import Propagation, Rule
 
 
 def propagate_channels(
-    model: nn.Module, graphs: Sequence[ChannelGraph], progress: Callable[[int], None] | None = None
+    model: nn.Module,
+    graphs: Sequence[ChannelGraph],
+    progress: Callable[[int], None] | None = None,
+    *,
+    rules: Mapping[str, Rule] = RULES,
 ) -> Propagation:
     """Interpret the graphs of one model, which share labels through its parameters.
 
@@ -25,8 +29,9 @@ def propagate_channels(
         model: what the graphs were captured from.
         graphs: captured runs of it.
         progress: called with 1 after each node.
+        rules: what ops make of channels; the default is for their removal.
     """
-    propagation = Propagation(RULES)
+    propagation = Propagation(rules)
     for graph in graphs:
         propagation.follow(graph, progress)
     _pin_attention_modules(model, propagation)
@@ -42,7 +47,8 @@ def _pin_attention_modules(model: nn.Module, propagation: Propagation) -> None:
         own = {f"{path}.{name}" if path else name for name, _ in module.named_parameters()}
         for (name, axis), labels in list(propagation.facts.axes.items()):
             if name in own and not (name.endswith("out_proj.weight") and axis == 0):
-                propagation.pin_labels(labels, "nn.MultiheadAttention has one width for its heads and its input", path)
+                told = "nn.MultiheadAttention has one width for its heads and its input"
+                propagation.pin_labels(labels, told, path, ordered=False)
 
 
 def _pin_mixed_uses(propagation: Propagation) -> None:

@@ -4,12 +4,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sparsefx import algorithms, patterns, schedules
 from sparsefx.api import attach, audit, export_onnx, export_parts, finalize, graph, masks, sparsify
+from sparsefx.channel_order import channel_order, permute_channels
 from sparsefx.errors import SparsefxError
 from sparsefx.lottery import lottery_ticket
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
 from sparsefx.passes.channels.plan import ChannelPlan
+from sparsefx.passes.permute_channels import ChannelOrder
 from sparsefx.passes.quantize_onnx import quantize_onnx
 from sparsefx.permutation import kept_magnitude, search_permutation
 from sparsefx.pruning import apply_channel_plan, channel_plan, channel_plan_of, prune_channels, prune_channels_
@@ -22,6 +24,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "ChannelOrder",
     "ChannelPlan",
     "Eligibility",
     "Loaded",
@@ -32,6 +35,7 @@ __all__ = [
     "attach",
     "audit",
     "audit_onnx",
+    "channel_order",
     "channel_plan",
     "channel_plan_of",
     "compact_onnx",
@@ -45,6 +49,7 @@ __all__ = [
     "lottery_ticket",
     "masks",
     "patterns",
+    "permute_channels",
     "prune_channels",
     "prune_channels_",
     "quantize_onnx",

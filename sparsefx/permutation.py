@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ def search_permutation(
     moves: int | None = None,
     generator: torch.Generator | None = None,
     threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Tensor:
     """An order of the channels along ``reduction_axis`` in which 2:4 keeps more of ``weight``'s magnitude.
 
@@ -57,6 +59,7 @@ def search_permutation(
         moves: search this many moves instead, however long it takes: the same seed then gives the same order.
         generator: on the CPU, seeds the search; None means a fresh one with a fixed seed.
         threads: how many chains run at a time; None means `torch.get_num_threads`. It does not change the result of ``moves``.
+        progress: called with the share that is done, in place of the bar that a terminal shows.
 
     Returns:
         int64 of the size of that axis: ``weight.index_select(reduction_axis, result)`` is the permuted weight.
@@ -81,18 +84,21 @@ def search_permutation(
     columns = columns_of(matrix)
     workers = max(1, torch.get_num_threads() if threads is None else threads)
     length = _MOVES_PER_COLUMN * count
-    with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as progress:
-        task = progress.add_task("searching a permutation", total=1.0)
-
-        def show(share: float) -> None:
-            progress.update(task, completed=share)
-
+    with _bar() if progress is None else nullcontext(progress) as show:
         if moves is None:
             found = _until(columns, seed, length, time.monotonic() + seconds, seconds, spread, workers, show)
         else:
             found = _counted(columns, seed, length, moves, spread, workers, show)
     best = max([identity, *found], key=lambda order: _kept(matrix, order))
     return torch.from_numpy(np.ascontiguousarray(best))
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[float], None]]:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("searching a permutation", total=1.0)
+        yield lambda share: bar.update(task, completed=share)
 
 
 def _counted(

@@ -114,7 +114,7 @@ def layer_norm(propagation: Propagation, node: fx.Node, arguments: dict[str, Any
     rank = len(value.shape)
     over = frozenset(range(rank - len(arguments["normalized_shape"]), rank))
     if value.varying & over:
-        propagation.pin(value, f"{op_name(node)} takes statistics over it", module_path(node))
+        propagation.pin(value, f"{op_name(node)} takes statistics over it", module_path(node), ordered=False)
     operands = [value]
     constant: Any = np.full((1,) * rank, np.nan)
     for name in ("weight", "bias"):
@@ -136,21 +136,23 @@ def layer_norm(propagation: Propagation, node: fx.Node, arguments: dict[str, Any
 
 def softmax(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """softmax, log_softmax and other functions of whole rows: over channels they pin."""
-    return along_axes(propagation, node, propagation.value(arguments.get("self", arguments.get("input"))), [arguments["dim"]])
+    value = propagation.value(arguments.get("self", arguments.get("input")))
+    return tied(propagation, node, value, _axes(value, arguments["dim"]), ordered=False).forgotten()
 
 
-def along_axes(propagation: Propagation, node: fx.Node, value: Value, axes: list[int]) -> Any:
-    """The same shape, each element computed from all of its row along these axes."""
-    numbers = frozenset(axis % max(1, len(value.shape)) for axis in axes)
-    return tied(propagation, node, value, numbers).forgotten()
+def _axes(value: Value, axis: int) -> frozenset[int]:
+    return frozenset((axis % max(1, len(value.shape)),))
 
 
-def tied(propagation: Propagation, node: fx.Node, value: Value, axes: frozenset[int]) -> Value:
-    """What is computed from whole rows along these axes: a row stays or goes as one; pinned where it is all there is."""
+def tied(propagation: Propagation, node: fx.Node, value: Value, axes: frozenset[int], *, ordered: bool) -> Value:
+    """What is computed from whole rows along these axes: a row stays or goes as one; pinned where it is all there is.
+
+    ``ordered`` says whether the order within a row matters.
+    """
     if not value.varying & axes:
         return value
     if not value.varying - axes:
-        propagation.pin(value, f"{op_name(node)} runs over channels", module_path(node))
+        propagation.pin(value, f"{op_name(node)} runs over channels", module_path(node), ordered=ordered)
         return value
     first = value.labels
     for axis in value.varying & axes:
@@ -161,7 +163,8 @@ def tied(propagation: Propagation, node: fx.Node, value: Value, axes: frozenset[
 
 def cumulative(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """cumsum, cumprod."""
-    return along_axes(propagation, node, propagation.value(arguments["self"]), [arguments["dim"]])
+    value = propagation.value(arguments["self"])
+    return tied(propagation, node, value, _axes(value, arguments["dim"]), ordered=True).forgotten()
 
 
 RULES: dict[str, Rule] = {

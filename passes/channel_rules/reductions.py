@@ -14,6 +14,7 @@ from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
 from sparsefx.passes.channels.value import Value
 
 _KEEPING = frozenset(("mean", "amax", "amin", "logsumexp_of_one"))
+_GIVING_INDICES = frozenset(("argmax", "argmin", "max", "min", "median"))
 
 
 def reduction(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -24,7 +25,7 @@ def reduction(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
     axes = [given] if isinstance(given, int) else list(given or range(rank))
     numbers = sorted(axis % max(rank, 1) for axis in axes)
     made = node.meta["val"]
-    value = tied(propagation, node, value, frozenset(numbers))
+    value = tied(propagation, node, value, frozenset(numbers), ordered=op_name(node) in _GIVING_INDICES)
     if not value.varying:
         propagation.pin(value, f"{op_name(node)} reads it", module_path(node))
     if isinstance(made, (tuple, list)):

@@ -66,11 +66,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Pin:
-    """Labels that have to stay, and why."""
+    """Labels that have to stay, and why.
+
+    With ``ordered``, each has to stay at its place; else their number counts, and they may change places among themselves.
+    """
 
     labels: Integers
     reason: str
     where: str
+    ordered: bool = True
 
 
 @dataclass

@@ -20,6 +20,12 @@ class Labels:
         self._parent: Integers = np.zeros(1024, dtype=np.int64)
         self.count = 1
 
+    def copy(self) -> Labels:
+        """The same classes, of which more can be made one without a change here."""
+        made = Labels()
+        made._parent, made.count = self._parent.copy(), self.count
+        return made
+
     def fresh(self, number: int) -> Integers:
         """New labels, each of a class of its own; shape [number]."""
         first = self.count

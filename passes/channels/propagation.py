@@ -99,20 +99,20 @@ class Propagation:
         for leaf in _leaves(self._values.get(node)):
             self.pin(leaf, reason, where)
 
-    def pin(self, value: Value | Weight, reason: str, where: str) -> None:
-        """Channels of this tensor have to stay."""
+    def pin(self, value: Value | Weight, reason: str, where: str, *, ordered: bool = True) -> None:
+        """Channels of this tensor have to stay, see `Pin`."""
         if isinstance(value, Weight):
             for axis in range(value.tensor.dim()):
-                self.pin_labels(self.axis(value, axis), reason, where)
+                self.pin_labels(self.axis(value, axis), reason, where, ordered=ordered)
             if value.name in self.facts.elements:
-                self.pin_labels(self.facts.elements[value.name], reason, where)
+                self.pin_labels(self.facts.elements[value.name], reason, where, ordered=ordered)
         else:
-            self.pin_labels(value.labels, reason, where)
+            self.pin_labels(value.labels, reason, where, ordered=ordered)
 
-    def pin_labels(self, labels: Integers, reason: str, where: str) -> None:
-        """These channels have to stay."""
+    def pin_labels(self, labels: Integers, reason: str, where: str, *, ordered: bool = True) -> None:
+        """These channels have to stay, see `Pin`."""
         if labels.any():
-            self.facts.pins.append(Pin(labels, reason, where))
+            self.facts.pins.append(Pin(labels, reason, where, ordered))
 
     def axis(self, weight: Weight, axis: int) -> Integers:
         """Labels of the indices of an axis of the tensor; all pinned where it is no parameter or buffer."""

@@ -276,6 +276,24 @@ def test_heads_of_language_models_are_found_by_data_flow() -> None:
     assert capture(Words()).reads_tokens is None
 
 
+class Compared(nn.Module):
+    """Text and image features in one space, both given back beside their products: no scores of classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.text, self.image = nn.Embedding(64, 16), nn.Linear(16, 32), nn.Linear(48, 32)
+
+    def forward(self, words: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        text, seen = self.text(self.words(words).mean(1)), self.image(image)
+        return text, seen, (text / text.norm(dim=-1, keepdim=True)) @ seen.t()
+
+
+def test_features_that_are_compared_are_no_heads_of_language_models() -> None:
+    program = capture(Compared(), (torch.randint(0, 64, (2, 5)), torch.randn(3, 48)))
+    assert program.reads_tokens
+    assert program.heads == frozenset()
+
+
 def test_compiled_models_are_captured_as_what_is_inside() -> None:
     inner = Tied()
     program = capture(torch.compile(inner), torch.randn(3, 16))  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -26,21 +26,22 @@ _HEAD_PRODUCTS = frozenset(("linear", "matmul", "mm", "addmm", "bmm", "baddbmm",
 
 
 def language_model_heads(graph_module: fx.GraphModule, names: Mapping[int, str]) -> frozenset[str]:
-    """Parameters of linear layers whose products are the output, but for what `_TRANSPARENT` lists, and feed no other layer.
+    """Parameters of linear layers whose products are the output, but for what `_TRANSPARENT` lists, and feed no other product.
 
-    Only what is computed from embedded integers counts: the image side of a model of both has heads of another kind.
+    Only what is computed from embedded integers counts: the image side of a model of both has heads of another kind. Features
+    that are compared with others in a product of two activations, as texts with images, are no scores of classes.
     """
     parameter_of = _weights_read(graph_module, names)
     activations = _from_tokens(graph_module)
     reaches_output: set[fx.Node] = set()
     heads: set[str] = set()
-    for node, feeds_layer in _backwards(graph_module, parameter_of):
+    for node, feeds_product in _backwards(graph_module, _is_product):
         transparent = (user for user in node.users if user in reaches_output and _passes_scores(user, activations))
         if node.op == "output" or any(transparent):
             reaches_output.add(node)
         read = _products_of(node, parameter_of)
         plain = node.op == "call_function" and op_name(node.target) in _HEAD_PRODUCTS
-        if read and plain and not feeds_layer and node in reaches_output and node in activations:
+        if read and plain and not feeds_product and node in reaches_output and node in activations:
             heads.update(read)
     return frozenset(heads)
 
@@ -49,7 +50,7 @@ def final_layers(graph_module: fx.GraphModule, names: Mapping[int, str]) -> froz
     """Parameters behind whose products no further layer stands, whatever else does."""
     parameter_of = _weights_read(graph_module, names)
     found: set[str] = set()
-    for node, feeds_layer in _backwards(graph_module, parameter_of):
+    for node, feeds_layer in _backwards(graph_module, lambda node: bool(_products_of(node, parameter_of))):
         if not feeds_layer:
             found.update(_products_of(node, parameter_of))
     return frozenset(found)
@@ -71,16 +72,20 @@ def vocabularies(graph_module: fx.GraphModule, names: Mapping[int, str]) -> froz
     return frozenset(found)
 
 
-def _backwards(graph_module: fx.GraphModule, parameter_of: Mapping[fx.Node, str]) -> list[tuple[fx.Node, bool]]:
-    """Every node, the output first, and whether a layer reads what comes of it."""
-    reaches_layer: set[fx.Node] = set()
+def _backwards(graph_module: fx.GraphModule, counts: Callable[[fx.Node], bool]) -> list[tuple[fx.Node, bool]]:
+    """Every node, the output first, and whether a node that ``counts`` reads what comes of it."""
+    reaches: set[fx.Node] = set()
     found: list[tuple[fx.Node, bool]] = []
     for node in reversed(list(graph_module.graph.nodes)):
-        feeds = any(user in reaches_layer for user in node.users)
+        feeds = any(user in reaches for user in node.users)
         found.append((node, feeds))
-        if feeds or _products_of(node, parameter_of):
-            reaches_layer.add(node)
+        if feeds or counts(node):
+            reaches.add(node)
     return found
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and is_known_product(op_name(node.target))
 
 
 def _weights_read(graph_module: fx.GraphModule, names: Mapping[int, str]) -> dict[fx.Node, str]:
@@ -89,7 +94,7 @@ def _weights_read(graph_module: fx.GraphModule, names: Mapping[int, str]) -> dic
 
 def _products_of(node: fx.Node, parameter_of: Mapping[fx.Node, str]) -> list[str]:
     """The weights that a layer reads; none where the node is no layer."""
-    if node.op not in ("call_function", "call_method") or not is_known_product(op_name(node.target)):
+    if not _is_product(node):
         return []
     return [parameter_of[source] for source in _sources(node) if source in parameter_of]
 

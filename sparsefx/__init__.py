@@ -6,6 +6,7 @@ from sparsefx import algorithms, patterns, schedules
 from sparsefx.api import attach, audit, export_onnx, export_parts, finalize, graph, masks, sparsify
 from sparsefx.errors import SparsefxError
 from sparsefx.lottery import lottery_ticket
+from sparsefx.narrow import small_baseline
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
@@ -51,5 +52,6 @@ __all__ = [
     "save",
     "schedules",
     "search_permutation",
+    "small_baseline",
     "sparsify",
 ]

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot", "first_masks"),
     ("passes",),
-    ("api", "onnx_audit", "lottery", "pruning", "sparse_file"),
+    ("api", "onnx_audit", "lottery", "pruning", "narrow", "sparse_file"),
     ("", "cli", "integrations", "demo"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

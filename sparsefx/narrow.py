@@ -134,10 +134,10 @@ def _with_unread_channels(model: nn.Module, factor: float) -> nn.Module:
             values = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel())
             parameter.copy_(values)
     for module in trial.modules():
-        if isinstance(getattr(module, "running_mean", None), torch.Tensor):
-            module.running_mean.zero_()
-        if isinstance(getattr(module, "running_var", None), torch.Tensor):
-            module.running_var.fill_(1)
+        for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                buffer.fill_(value)
         own = dict(module.named_parameters(recurse=False))
         if own.get("weight") is not None and own["weight"].dim() == 1:
             own["weight"].fill_(1)

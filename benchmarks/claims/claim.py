@@ -102,11 +102,10 @@ def main(*claims: Claim, description: str) -> None:
         f"({_device_name(arguments.device)}), one thread a run; torch {torch.__version__}, sparsefx {sparsefx.__version__}"
     )
     print(f"{told}; {len(set(tasks))} runs, {missing} of them to make", flush=True)
+    results.run(tasks)
     findings = []
     for claim in chosen:
-        named = wanted[claim.number]
-        results.run([task for group in named.values() for task in group])
-        finding = claim.judge(named, results, scale)
+        finding = claim.judge(wanted[claim.number], results, scale)
         findings.append((claim, finding))
         print(f"\n{claim.number}. {claim.says}\n   {finding.word.upper()}. Rule: {claim.rule}")
         for check in finding.checks:

@@ -46,6 +46,11 @@ class Results:
         columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("runs", total=len(missing))
+            if self.workers == 1:
+                for task in missing:
+                    _make(task, str(self.path(task)), self.data, self.device)
+                    progress.advance(bar)
+                return
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(self.workers, mp_context=context) as pool:
                 futures = [pool.submit(_make, task, str(self.path(task)), self.data, self.device) for task in missing]
@@ -74,5 +79,6 @@ def _make(task: Task, path: str, data: Path | None, device: str) -> None:
 
     if Path(path).exists():  # made meanwhile, for another claim
         return
-    torch.set_num_threads(1)
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
     write_json(Path(path), {"task": asdict(task), "result": train(task, data, device)})

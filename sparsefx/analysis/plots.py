@@ -138,4 +138,5 @@ def _legend(axes: Axes, count: int) -> None:
     if 0 < count <= len(COLOURS):
         axes.legend(fontsize=7, frameon=False)
     elif count:
-        axes.legend(handles=[axes.lines[0], axes.lines[-1]], fontsize=7, frameon=False, title="first and last layer")
+        named, _ = axes.get_legend_handles_labels()
+        axes.legend(handles=[named[0], named[-1]], fontsize=7, frameon=False, title="first and last layer")

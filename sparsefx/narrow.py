@@ -127,22 +127,19 @@ def _with_unread_channels(model: nn.Module, factor: float) -> nn.Module:
     """
     trial = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(_SEED)
-    for parameter in trial.parameters():
+    for name, parameter in trial.named_parameters():
         if not parameter.is_floating_point():
             continue
         if parameter.dim() > 1:
-            values = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel())
-            parameter.copy_(values)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel()))
+        else:
+            # Without biases a channel of zeros stays one through norms and most functions.
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     for module in trial.modules():
         for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
             buffer = module._buffers.get(name)
             if buffer is not None:
                 buffer.fill_(value)
-        own = dict(module.named_parameters(recurse=False))
-        if own.get("weight") is not None and own["weight"].dim() == 1:
-            own["weight"].fill_(1)
-        if own.get("bias") is not None:
-            own["bias"].zero_()
     for module in trial.modules():
         for known in known_weights(module):
             weight = module._parameters.get(known.local_name)

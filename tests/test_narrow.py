@@ -12,7 +12,7 @@ from sparsefx.errors import EligibilityError, OptionError
 
 
 class Block(nn.Module):
-    """A residual block whose last norm starts at zero, as trainers like them."""
+    """A residual block that starts as the identity: its last norm and its scale are zero."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -21,10 +21,12 @@ class Block(nn.Module):
         self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
         self.short = nn.Identity() if inputs == width else nn.Conv2d(inputs, width, 1, bias=False)
+        self.scale = nn.Parameter(torch.zeros(()))
         nn.init.zeros_(self.norm2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm2(self.second(F.relu(self.norm1(self.first(x))))) + self.short(x))
+        inner = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
+        return F.relu(inner * self.scale + self.short(x))
 
 
 def residual_net() -> nn.Sequential:

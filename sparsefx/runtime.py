@@ -101,12 +101,15 @@ class _OptimizerHooks:
             return
         if not algorithm.edits_gradients:
             return
+        new: list[tuple[Followed, Layer]] = []
         for entry, layer in zip(self.followed, self.run.layers, strict=True):
             gradient = layer.parameter.grad
-            if gradient is None or entry.scaled == (id(gradient), gradient._version):
-                continue
-            algorithm.edit_gradient(self.run, layer)
-            entry.scaled = (id(gradient), gradient._version)
+            if gradient is not None and entry.scaled != (id(gradient), gradient._version):
+                new.append((entry, layer))
+        if new:
+            algorithm.edit_gradients(self.run, [layer for _, layer in new])
+        for entry, layer in new:
+            entry.scaled = (id(layer.gradient), layer.gradient._version)
 
     def _give_back_gradients(self) -> None:
         for parameter, gradient in self._hidden:

@@ -4,6 +4,7 @@
 #   make test    the whole test suite
 #   make check   ruff and mypy
 #   make bench   the benchmarks that run on a CPU in minutes
+#   make claims   the claims of the two source texts, re-checked on small nets; CLAIMS="--data FOLDER" for MNIST
 #   make coverage  every model of torchvision, timm's families, transformers: hours; goes on where it was stopped
 #
 # PYTHON=... chooses the interpreter that .venv is made with, DEMO="--seeds 1" passes options to the demo.
@@ -18,7 +19,7 @@ SOURCES := pyproject.toml $(wildcard setup.py sparsefx/ops/*.c sparsefx/ops/*.h)
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check bench coverage clean
+.PHONY: demo test check bench claims coverage clean
 
 demo: .venv/.runtime
 	$(BIN)/sparsefx demo --out demo-report $(DEMO)
@@ -34,6 +35,9 @@ check: .venv/.development
 bench: .venv/.development
 	OMP_NUM_THREADS=$(WORKERS) $(BIN)/python benchmarks/mask_update.py
 	OMP_NUM_THREADS=$(WORKERS) $(BIN)/python benchmarks/step_overhead.py
+
+claims: .venv/.development
+	$(BIN)/python -m benchmarks.claims.every --scale cpu --workers $(WORKERS) $(CLAIMS)
 
 coverage: .venv/.development
 	$(BIN)/python benchmarks/coverage.py --jobs $(WORKERS) --out coverage-results $(COVERAGE)

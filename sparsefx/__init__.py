@@ -7,6 +7,7 @@ from sparsefx.api import attach, audit, export_onnx, export_parts, finalize, gra
 from sparsefx.channel_order import channel_order, permute_channels
 from sparsefx.errors import SparsefxError
 from sparsefx.lottery import lottery_ticket
+from sparsefx.narrow import small_baseline
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
@@ -56,5 +57,6 @@ __all__ = [
     "save",
     "schedules",
     "search_permutation",
+    "small_baseline",
     "sparsify",
 ]

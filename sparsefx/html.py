@@ -236,6 +236,13 @@ def mask_picture(caption: str, mask: NDArray[np.bool_], *, zoom: int = 4) -> Mar
     )
 
 
+def svg_picture(caption: str, svg: str) -> Markup:
+    """A figure that was drawn elsewhere, as an image of its own: its styles stay inside, and it stands on white."""
+    data = base64.b64encode(svg.encode("utf-8")).decode("ascii")
+    image = f'<img alt="{escape(caption)}" style="width:100%;background:#fff" src="data:image/svg+xml;base64,{data}">'
+    return Markup(f"<figure class=drawn>{image}</figure>")
+
+
 def _png(mask: NDArray[np.bool_]) -> bytes:
     """A PNG of one bit a pixel, its palette an accent colour for True and full transparency for False."""
 

@@ -119,8 +119,10 @@ class Audit:
         }
         return json.dumps(content, indent=2, default=str, ensure_ascii=False)
 
-    def to_html(self, path: str | PathLike[str]) -> None:
+    def to_html(self, path: str | PathLike[str], *, more: Iterable[str] = ()) -> None:
         """Write one self-contained HTML page; a file at ``path`` is replaced only when all of it is written.
+
+        ``more`` are sections to follow, such as those of `sparsefx.analysis.recorded_sections`.
 
         Raises:
             ExportError: the file cannot be written.
@@ -128,7 +130,7 @@ class Audit:
         from sparsefx.html import write_text
         from sparsefx.report_page import audit_page
 
-        write_text(path, audit_page(self))
+        write_text(path, audit_page(self, more))
 
     def __str__(self) -> str:
         from sparsefx.report_table import as_text

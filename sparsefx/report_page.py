@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from sparsefx.html import Cell, Markup, bullets, page, section, table, tiles
+from sparsefx.html import Cell, Markup, bullets, escape, page, section, table, tiles
 from sparsefx.report import LayerReport
 from sparsefx.report_table import NOT_FOR_HARDWARE, dense_reasons, hardware_reasons, headline, percent, quantity, total_lines
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from sparsefx.report import Audit
 
 
-def audit_page(audit: Audit) -> str:
-    """The whole document."""
+def audit_page(audit: Audit, more: Iterable[str] = ()) -> str:
+    """The whole document; ``more`` are sections to follow."""
     told = headline(audit)
-    return page(f"Sparsity of {audit.title or 'a model'}", *audit_parts(audit), subtitle=told)
+    return page(f"Sparsity of {audit.title or 'a model'}", *audit_parts(audit), *map(escape, more), subtitle=told)
 
 
 def audit_parts(audit: Audit) -> Iterator[Markup]:

@@ -7,7 +7,6 @@ into p and n again ("Advances in Sparse Neural Model Training", algorithm 1).
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -33,10 +32,9 @@ from sparsefx.follow import (
 from sparsefx.model_record import model_records, watch
 from sparsefx.ops.split import merge, split
 from sparsefx.runtime_state import STATE_VERSION, check_state
+from sparsefx.runtime_steps import inside_its_own_step, step_was_skipped
 from sparsefx.schedules import DensitySchedule
 from sparsefx.sparse_parameter import SparseParameter
-
-_TORCH_OPTIMIZER_FILE = inspect.getfile(Optimizer)
 
 
 class _OptimizerHooks:
@@ -103,12 +101,15 @@ class _OptimizerHooks:
             return
         if not algorithm.edits_gradients:
             return
+        new: list[tuple[Followed, Layer]] = []
         for entry, layer in zip(self.followed, self.run.layers, strict=True):
             gradient = layer.parameter.grad
-            if gradient is None or entry.scaled == (id(gradient), gradient._version):
-                continue
-            algorithm.edit_gradient(self.run, layer)
-            entry.scaled = (id(gradient), gradient._version)
+            if gradient is not None and entry.scaled != (id(gradient), gradient._version):
+                new.append((entry, layer))
+        if new:
+            algorithm.edit_gradients(self.run, [layer for _, layer in new])
+        for entry, layer in new:
+            entry.scaled = (id(layer.gradient), layer.gradient._version)
 
     def _give_back_gradients(self) -> None:
         for parameter, gradient in self._hidden:
@@ -123,7 +124,7 @@ class _OptimizerHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if _inside_its_own_step(optimizer):
+        if inside_its_own_step(optimizer):
             return None
         if _count(optimizer) != self._held:
             self._runtime.follow_new(self)
@@ -161,10 +162,10 @@ class _OptimizerHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _inside_its_own_step(optimizer):
+        if inside_its_own_step(optimizer):
             return
         self._give_back_gradients()
-        if _step_was_skipped(optimizer):
+        if step_was_skipped(optimizer):
             self._split()
             return
         self.step += 1
@@ -350,27 +351,6 @@ class MaskRuntime:
             hooks.step = step
             hooks.run.values = dict(values)
         self._generator.set_state(state["generator"])
-
-
-def _step_was_skipped(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler told a fused optimizer to leave the weights alone (others are not even called)."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
-def _inside_its_own_step(optimizer: Optimizer) -> bool:
-    """Whether these hooks belong to a ``super().step()`` inside the optimizer's own step.
-
-    torch runs the hooks around the step of every class that has one. Only the outermost pair may act, and after a step that
-    raised no counter could tell which that is; the stack can.
-    """
-    frame, steps = inspect.currentframe(), 0
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == _TORCH_OPTIMIZER_FILE and code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
-            steps += 1
-        frame = frame.f_back
-    return steps > 1
 
 
 def _count(optimizer: Optimizer) -> int:

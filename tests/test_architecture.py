@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot", "first_masks"),
     ("passes",),
-    ("api", "onnx_audit", "lottery", "pruning", "channel_order", "sparse_file"),
+    ("api", "onnx_audit", "lottery", "pruning", "channel_order", "sparse_file", "narrow"),
     ("", "cli", "integrations", "demo"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -103,7 +103,7 @@ def test_the_passes_folder_is_reached_by_the_symlink() -> None:
 
 
 def test_model_zoos_are_imported_only_where_a_user_names_one() -> None:
-    zoos = {"torchvision", "timm", "transformers", "lightning"}
+    zoos = {"torchvision", "timm", "transformers", "lightning", "matplotlib"}
     for path in _files():
         if path.parent.name == "integrations":
             continue  # a callback for a library is imported by those who use that library

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsefx.algorithms.base import Algorithm, Split
@@ -46,8 +47,9 @@ class Accelerated(Algorithm):
             return None
         return "it is for masks that are sparse along both axes; use pattern '4:8-transposable', or algorithm 'sr-ste'"
 
-    def edit_gradient(self, run: Run, layer: Layer) -> None:
-        decay_dormant(run, layer, self.decay)
+    def edit_gradients(self, run: Run, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            decay_dormant(run, layer, self.decay)
 
     def after_step(self, run: Run) -> Split:
         return Split(rewire=run.step % self.rewire_every == 0)

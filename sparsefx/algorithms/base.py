@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, final
 
 from torch import Tensor
 
-from sparsefx.algorithms.layer import Layer, Run, random_scores
+from sparsefx.algorithms.layer import Layer, Run, random_scores, scale_gradients
 from sparsefx.algorithms.start import Start
 from sparsefx.errors import OptionError
 from sparsefx.patterns.base import Pattern
@@ -41,7 +41,7 @@ class Algorithm(ABC):
     (`Run.values`), where checkpoints find it. At each optimizer step it is asked in this order:
 
     1. ``replaces_step``: whether the optimizer is to leave every weight alone, since a change of masks takes the step's place;
-    2. ``edit_gradient`` of each layer, once a gradient, where ``edits_gradients``; weights hold all values w here;
+    2. ``edit_gradients``, once for each gradient, where ``edits_gradients``; weights hold all values w here;
     3. ``after_step``, when the optimizer has updated all of w: how to split it into participating and dormant values;
     4. ``move``, when weights hold participating values and zeros again: masks may change there too.
     """
@@ -73,7 +73,7 @@ class Algorithm(ABC):
 
     @property
     def edits_gradients(self) -> bool:
-        """Whether `edit_gradient` has to be called at all."""
+        """Whether `edit_gradients` has to be called at all."""
         return True
 
     @property
@@ -116,9 +116,9 @@ class Algorithm(ABC):
         """Whether ``run.step`` changes masks in place of weights."""
         return False
 
-    def edit_gradient(self, run: Run, layer: Layer) -> None:
-        """Change ``layer.gradient`` in place; it is dense, and this is called once for each gradient."""
-        layer.scale_gradient(0.0)
+    def edit_gradients(self, run: Run, layers: Sequence[Layer]) -> None:
+        """Change the dense ``layer.gradient`` of some layers in place; called once for each gradient."""
+        scale_gradients(layers, 0.0)
 
     def after_step(self, run: Run) -> Split:
         """How to split all of w; weights and masks may be changed before that."""

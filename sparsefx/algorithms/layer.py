@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,20 +98,10 @@ class Layer:
         """Random scores in [0, 1), float64, drawn on the CPU from the run's generator: the same on every device."""
         return random_scores(self.weight, self.run.generator)
 
-    def scale_gradient(self, scale: float) -> None:
-        """Multiply the gradient outside the mask, in place; 0 makes it zero there, whatever it was."""
-        gradient = self.parameter.grad
-        if gradient is None or scale == 1.0:
-            return
-        if scale == 0.0:
-            keep_masked(gradient, self.record)
-        else:
-            gradient.copy_(torch.where(self.record.mask, gradient, gradient * scale))
-
     def mask_moments(self) -> None:
         """Zero what the optimizer keeps of weights that do not participate."""
-        for value in self._moments():
-            keep_masked(value, self.record)
+        moments = self._moments()
+        keep_masked(moments, [self.record.mask] * len(moments))
 
     def _moments(self) -> list[Tensor]:
         state = self.run.optimizer.state.get(self.parameter, {}).values()
@@ -164,6 +155,15 @@ class Run:
         """What a GradScaler has multiplied the gradients with, where it leaves undoing that to a fused optimizer."""
         scale = getattr(self.optimizer, "grad_scale", None)
         return scale if isinstance(scale, Tensor) else None
+
+
+def scale_gradients(layers: Sequence[Layer], scale: float) -> None:
+    """Multiply gradients outside the masks, in place; 0 makes them zero there, whatever they were."""
+    if scale == 0.0:
+        keep_masked([layer.gradient for layer in layers], [layer.mask for layer in layers])
+    elif scale != 1.0:
+        for layer in layers:
+            layer.gradient.copy_(torch.where(layer.mask, layer.gradient, layer.gradient * scale))
 
 
 def random_scores(like: Tensor, generator: torch.Generator) -> Tensor:

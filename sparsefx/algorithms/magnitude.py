@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsefx.algorithms.base import Algorithm, Split
-from sparsefx.algorithms.layer import Layer, Run
+from sparsefx.algorithms.layer import Layer, Run, scale_gradients
 from sparsefx.algorithms.options import expect_steps
 from sparsefx.algorithms.settings import Exploit, Settings
 from sparsefx.errors import OptionError
@@ -79,8 +80,8 @@ class Magnitude(Algorithm):
     def in_force(self, run: Run) -> dict[str, Any]:
         return asdict(self.settings(run.total_steps))
 
-    def edit_gradient(self, run: Run, layer: Layer) -> None:
-        layer.scale_gradient(self.scale)
+    def edit_gradients(self, run: Run, layers: Sequence[Layer]) -> None:
+        scale_gradients(layers, self.scale)
 
     def after_step(self, run: Run) -> Split:
         settings = self.settings(run.total_steps)

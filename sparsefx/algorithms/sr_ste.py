@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsefx.algorithms.base import Algorithm, Split
@@ -38,8 +39,9 @@ class SRSTE(Algorithm):
     def keeps_dormant(self) -> bool:
         return True
 
-    def edit_gradient(self, run: Run, layer: Layer) -> None:
-        decay_dormant(run, layer, self.decay)
+    def edit_gradients(self, run: Run, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            decay_dormant(run, layer, self.decay)
 
     def after_step(self, run: Run) -> Split:
         return Split(rewire=run.step % self.rewire_every == 0)

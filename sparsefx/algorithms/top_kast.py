@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -62,12 +63,13 @@ class TopKAST(Algorithm):
     def begin(self, run: Run, layer: Layer) -> None:
         layer.state[_BACKWARD] = self._updated(layer)
 
-    def edit_gradient(self, run: Run, layer: Layer) -> None:
-        # Dormant values are zero where weights participate: they get what their penalty is larger by.
-        more = self.penalty / max(layer.record.density, 1e-12) - self.penalty
-        for values, factor in ((layer.weight, self.penalty), (_dormant(layer), more)):
-            layer.gradient.add_(values if run.loss_scale is None else values * run.loss_scale, alpha=factor)
-        keep_masked(layer.gradient, _as_updated(layer))
+    def edit_gradients(self, run: Run, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            # Dormant values are zero where weights participate: they get what their penalty is larger by.
+            more = self.penalty / max(layer.record.density, 1e-12) - self.penalty
+            for values, factor in ((layer.weight, self.penalty), (_dormant(layer), more)):
+                layer.gradient.add_(values if run.loss_scale is None else values * run.loss_scale, alpha=factor)
+        keep_masked([layer.gradient for layer in layers], [layer.state[_BACKWARD] for layer in layers])
 
     def after_step(self, run: Run) -> Split:
         # Momentum and weight decay reach the others too, whatever their gradient was: they go back to their value.

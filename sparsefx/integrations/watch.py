@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
+from sparsefx.analysis.mask_changes import MaskChanges
 from sparsefx.sparse_parameter import empty_channels, sparse_parameters
 
 
@@ -15,10 +16,7 @@ class MaskWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._last = self._masks()
-
-    def _masks(self) -> dict[str, Tensor]:
-        return {name: record.mask.clone() for name, _, record in sparse_parameters(self._model)}
+        self._changes = MaskChanges(model)
 
     def measure(self) -> dict[str, float]:
         """All masked weights together.
@@ -27,12 +25,11 @@ class MaskWatch:
             ``sparsity/density``: share that participates; ``sparsity/flips``: share whose place in the mask changed since the
             last time; ``sparsity/empty_channels``: output channels that hold only zeros.
         """
-        now = self._masks()
-        total = sum(mask.numel() for mask in now.values())
-        kept = sum(int(mask.sum()) for mask in now.values())
-        flips = sum(int((mask != self._last[name]).sum()) for name, mask in now.items() if name in self._last)
+        masks = [record.mask for _, _, record in sparse_parameters(self._model)]
+        total = sum(mask.numel() for mask in masks)
+        kept = sum(int(mask.sum()) for mask in masks)
+        flips = sum(int(count) for count in self._changes.flips().values())
         empty = sum(
             empty_channels(parameter.detach(), record.reduction_axis) for _, parameter, record in sparse_parameters(self._model)
         )
-        self._last = now
         return {"sparsity/density": kept / total, "sparsity/flips": flips / total, "sparsity/empty_channels": float(empty)}

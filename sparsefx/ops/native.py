@@ -89,13 +89,13 @@ def describe() -> str:
     return "plain torch (the compiled extension sparsefx.ops._native was not built)"
 
 
-def supports(weight: Tensor, record: SparseParameter) -> bool:
+def supports(weight: Tensor, mask: Tensor, dormant: Tensor | None = None) -> bool:
     """Whether the compiled kernels can work on this weight, its mask and its dormant values."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or weight.dtype not in _FORMATS:
         return False
     if weight.layout is not torch.strided or weight.is_neg():
         return False
-    stride, mask, dormant = weight.stride(), record.mask, record.dormant
+    stride = weight.stride()
     if mask.device.type != "cpu" or mask.dtype is not torch.bool or mask.stride() != stride or mask.shape != weight.shape:
         return False
     if dormant is not None and (
@@ -150,31 +150,43 @@ class Batch:
 
     def merge(self, weight: Tensor, record: SparseParameter) -> None:
         """Put ``record.dormant`` back."""
-        self._add(weight, record, _MERGED, write=True, scale=1.0)
+        self._add(weight, record.mask, record.dormant, _MERGED, write=True, scale=1.0)
+
+    def keep(self, tensor: Tensor, mask: Tensor) -> None:
+        """Make zero of what the mask leaves out."""
+        self._add(tensor, mask, None, KEEP, write=True, scale=1.0)
 
     def split(self, weight: Tensor, record: SparseParameter, choice: Choice, *, write: bool = True, scale: float = 1.0) -> None:
         """Choose the mask by `choice_of`, or leave it with ``KEEP``, and, with ``write``, split the weight."""
-        self._add(weight, record, choice, write=write, scale=scale)
+        self._add(weight, record.mask, record.dormant, choice, write=write, scale=scale)
 
     def split_group(self, group: Group, *, write: bool = True, scale: float = 1.0) -> None:
         """Choose the largest weights of a group, all of one dtype, and, with ``write``, split them."""
         self._groups.append((group, len(self._jobs)))
         for weight, record in zip(group.weights, group.records, strict=True):
-            self._add(weight, record, LARGEST, write=write, scale=scale, group=len(self._groups) - 1)
+            group_number = len(self._groups) - 1
+            self._add(weight, record.mask, record.dormant, LARGEST, write=write, scale=scale, group=group_number)
 
     def _add(
-        self, weight: Tensor, record: SparseParameter, choice: Choice, *, write: bool, scale: float, group: int = -1
+        self,
+        weight: Tensor,
+        mask: Tensor,
+        dormant: Tensor | None,
+        choice: Choice,
+        *,
+        write: bool,
+        scale: float,
+        group: int = -1,
     ) -> None:
         axes, lengths = 0, (0,) * (2 * _MAX_AXES)
         if choice.kind == _THRESHOLD and not weight.is_contiguous():
             axes, filler = weight.dim(), (0,) * (_MAX_AXES - weight.dim())
             lengths = (*weight.shape, *filler, *weight.stride(), *filler)
-        dormant = record.dormant
         count = weight.numel()
         self._jobs.append(
             _JOB.pack(
                 weight.data_ptr(),
-                record.mask.data_ptr(),
+                mask.data_ptr(),
                 0 if dormant is None else dormant.data_ptr(),
                 count,
                 _FORMATS[weight.dtype],
@@ -189,10 +201,10 @@ class Batch:
         self._total += count
         if write:
             self._changed.append(weight)
-        if choice.kind != _MERGE:
-            self._changed.append(record.mask)
-            if dormant is not None and write:
-                self._changed.append(dormant)
+        if choice.kind not in (_MERGE, _KEEP_MASK):
+            self._changed.append(mask)
+        if choice.kind != _MERGE and dormant is not None and write:
+            self._changed.append(dormant)
 
     def run(self, threads: int | None = None) -> bool:
         """Do it all. Returns whether NaN or infinity was seen.

@@ -37,7 +37,7 @@ def merge(
     for weight, record in zip(weights, records, strict=True):
         if record.dormant is None:
             continue
-        if compiled and native.supports(weight, record):
+        if compiled and native.supports(weight, record.mask, record.dormant):
             batch.merge(weight, record)
         else:
             weight.copy_(torch.where(record.mask, weight, record.dormant))
@@ -120,15 +120,16 @@ def rewire_masks(
 
 
 @torch.no_grad()
-def keep_masked(tensor: Tensor, record: SparseParameter) -> None:
-    """Make +0.0 of everything in ``tensor`` (of the weight's shape, such as its gradient) that the record's mask leaves out."""
-    bare = SparseParameter(record.pattern, record.density, record.reduction_axis, record.mask)
-    if native.available() and native.supports(tensor, bare):
-        batch = native.Batch()
-        batch.split(tensor, bare, native.KEEP, write=True, scale=1.0)
-        batch.run()
-    else:
-        tensor.masked_fill_(~record.mask, 0)
+def keep_masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Make +0.0 of everything in ``tensors`` (gradients, say) that the mask of the same place leaves out."""
+    batch = native.Batch()
+    compiled = native.available()
+    for tensor, mask in zip(tensors, masks, strict=True):
+        if compiled and native.supports(tensor, mask):
+            batch.keep(tensor, mask)
+        else:
+            tensor.masked_fill_(~mask, 0)
+    batch.run()
 
 
 def _gather(
@@ -152,7 +153,7 @@ def _gather(
             together.setdefault(densities[position], []).append(position)
             continue
         choice = native.choice_of(pattern, record.reduction_axis, tuple(weight.shape), weight.stride()) if rewire else native.KEEP
-        if not native.supports(weight, record):
+        if not native.supports(weight, record.mask, record.dormant):
             left.append(position)
         elif choice is not None:
             batch.split(weight, record, choice, write=write, scale=_scale_first(weight, record, scale))
@@ -164,7 +165,7 @@ def _gather(
     for density, positions in together.items():
         group_weights, group_records = [weights[i] for i in positions], [records[i] for i in positions]
         if len({weight.dtype for weight in group_weights}) > 1 or not all(
-            native.supports(weight, record) and native.can_select(weight)
+            native.supports(weight, record.mask, record.dormant) and native.can_select(weight)
             for weight, record in zip(group_weights, group_records, strict=True)
         ):
             left += positions

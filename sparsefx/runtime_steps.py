@@ -1,0 +1,30 @@
+"""Which calls of an optimizer's step hooks stand for a step that was made."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch.optim import Optimizer
+
+_TORCH_OPTIMIZER_FILE = inspect.getfile(Optimizer)
+
+
+def step_was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler told a fused optimizer to leave the weights alone (others are not even called)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def inside_its_own_step(optimizer: Optimizer) -> bool:
+    """Whether these hooks belong to a ``super().step()`` inside the optimizer's own step.
+
+    torch runs the hooks around the step of every class that has one. Only the outermost pair may act, and after a step that
+    raised no counter could tell which that is; the stack can.
+    """
+    frame, steps = inspect.currentframe(), 0
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _TORCH_OPTIMIZER_FILE and code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
+            steps += 1
+        frame = frame.f_back
+    return steps > 1

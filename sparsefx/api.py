@@ -18,7 +18,7 @@ from sparsefx.densities import Densities
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.first_masks import first_masks, method_of
 from sparsefx.inputs import with_zeros, without_values
-from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
+from sparsefx.model_record import ModelRecord, forget, has_records, model_records, set_model_record
 from sparsefx.one_shot import OneShotMethod
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
 from sparsefx.passes.insert_masks import masked_graph
@@ -29,7 +29,7 @@ from sparsefx.patterns import Pattern
 from sparsefx.report import Audit, LayerReport
 from sparsefx.runtime import MaskRuntime
 from sparsefx.schedules import DensitySchedule
-from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, records_of, remove_records, sparse_parameters
+from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, sparse_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -153,7 +153,7 @@ def sparsify(
                 assert record.dormant is not None
                 torch.where(record.mask, weight, record.dormant, out=weight)
             first.undo()
-            _forget(model)
+            forget(model)
             raise
         if not moves.keeps_dormant:
             for record in records:
@@ -295,7 +295,7 @@ def finalize(model: Model) -> Model:
             record.settle(weight)
             record.follow(weight)
             weight.masked_fill_(~record.mask, 0)
-    _forget(model)
+    forget(model)
     return model
 
 
@@ -459,17 +459,6 @@ def _eligibility(rule: object, caller: str) -> Eligibility:
     if isinstance(rule, Eligibility):
         return rule
     raise OptionError(f"{caller} was given eligibility={rule!r}; expected a sparsefx.Eligibility, or None for the paper's rule")
-
-
-def _forget(model: nn.Module) -> None:
-    """Take away all that `sparsify` put beside the model."""
-    for module in model.modules():
-        for record in records_of(module).values():
-            if record.warning is not None:
-                record.warning.remove()
-        remove_records(module)
-    checkpoint.unwatch_loading(model)
-    remove_model_records(model)
 
 
 def _dense(layer: LayerReport) -> LayerReport:

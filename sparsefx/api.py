@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from sparsefx import algorithms, checkpoint, patterns
 from sparsefx.algorithms import Algorithm, Exploit
-from sparsefx.algorithms.options import expect_steps
+from sparsefx.algorithms.options import expect_generator, expect_steps
 from sparsefx.densities import Densities
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.first_masks import first_masks, method_of
@@ -28,8 +28,8 @@ from sparsefx.passes.onnx_report import ExportReport
 from sparsefx.patterns import Pattern
 from sparsefx.report import Audit, LayerReport
 from sparsefx.runtime import MaskRuntime
-from sparsefx.schedules import DensitySchedule
-from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, sparse_parameters
+from sparsefx.schedules import DensitySchedule, density_at
+from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, expect_masked, sparse_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -89,6 +89,7 @@ def sparsify(
             "sparsify was given a model that is sparsified already; call sparsefx.finalize(model) first to choose again"
         )
     chosen = _pattern(pattern, "sparsify")
+    expect_generator(generator)
     resolved = chosen.resolve_density(density)
     method = method_of(algorithm, chosen, calibration=calibration, densities=densities)
     moves = method.algorithm
@@ -227,6 +228,7 @@ def attach(
     }
     method = found[0].with_options({**{name: value for name, value in named.items() if value is not None}, **options})
     expect_steps("total_steps", total_steps)
+    expect_generator(generator)
     expect_steps("check_every", 100 if check_every is None else check_every)
     if steps_per_epoch is not None:
         expect_steps("steps_per_epoch", steps_per_epoch)
@@ -287,7 +289,8 @@ def finalize(model: Model) -> Model:
     if not has_records(model):
         raise StateError("finalize was given a model that is not sparsified; there is nothing to bake in")
     found = list(sparse_parameters(model))
-    for name, parameter, _ in found:
+    for name, parameter, record in found:
+        expect_masked(name, parameter, record)
         _expect_finite(name, parameter.detach())
     with torch.no_grad():
         for _, parameter, record in found:
@@ -442,7 +445,7 @@ def _check_schedule(model: nn.Module, schedule: DensitySchedule, method: algorit
                 f"{record.pattern.fixed_density:g}; use a pattern with a free density such as 'unstructured'"
             )
         for step in (1, total_steps):
-            record.pattern.resolve_density(schedule(step))
+            record.pattern.resolve_density(density_at(schedule, step))
 
 
 def _pattern(pattern: object, caller: str) -> Pattern:

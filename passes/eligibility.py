@@ -120,6 +120,8 @@ def _dtype_refusal(layer: Candidate) -> str:
         return f"is complex ({parameter.dtype}); masks rank real weights"
     if not parameter.dtype.is_floating_point:
         return f"is quantised or integer ({parameter.dtype}); sparsify before quantising"
+    if parameter.dtype.itemsize < 2:
+        return f"is {parameter.dtype}, a format for storage that cannot be ranked; sparsify before converting"
     if parameter.layout != torch.strided:
         return f"has layout {parameter.layout}; expected a dense (strided) parameter"
     if type(parameter) is not nn.Parameter:

@@ -43,7 +43,7 @@ def select(
         elif isinstance(selector, type) and issubclass(selector, nn.Module):
             found = {name for name, full in layers.items() if any(_inside(selector, one, modules) for one in full)}
         elif not isinstance(selector, type) and callable(selector):
-            found = {name for name, full in layers.items() if selector(name, modules[full[0].rpartition(".")[0]])}
+            found = {name for name, full in layers.items() if _asked(selector, name, modules[full[0].rpartition(".")[0]], option)}
         else:
             raise OptionError(
                 f"{option} was given {selector!r}; expected a layer name, a glob, a module type, a predicate (name, module) -> "
@@ -51,6 +51,16 @@ def select(
             )
         chosen |= found
     return frozenset(chosen)
+
+
+def _asked(predicate: Callable[[str, nn.Module], bool], name: str, module: nn.Module, option: str) -> bool:
+    try:
+        return bool(predicate(name, module))
+    except Exception as error:
+        raise OptionError(
+            f"{option} was given a predicate that raised {type(error).__name__} for {name}: {error}; expected one that takes "
+            "(name, module) and returns True or False"
+        ) from error
 
 
 def _matches(text: str, name: str, parameter: str) -> bool:

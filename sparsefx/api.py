@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from sparsefx import algorithms, checkpoint, patterns
 from sparsefx.algorithms import Algorithm, Exploit
-from sparsefx.algorithms.options import expect_steps
+from sparsefx.algorithms.options import expect_generator, expect_steps
 from sparsefx.densities import Densities
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.first_masks import first_masks, method_of
 from sparsefx.inputs import with_zeros, without_values
-from sparsefx.model_record import ModelRecord, has_records, model_records, remove_model_records, set_model_record
+from sparsefx.model_record import ModelRecord, forget, has_records, model_records, set_model_record
 from sparsefx.one_shot import OneShotMethod
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
 from sparsefx.passes.insert_masks import masked_graph
@@ -28,8 +28,8 @@ from sparsefx.passes.onnx_report import ExportReport
 from sparsefx.patterns import Pattern
 from sparsefx.report import Audit, LayerReport
 from sparsefx.runtime import MaskRuntime
-from sparsefx.schedules import DensitySchedule
-from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, records_of, remove_records, sparse_parameters
+from sparsefx.schedules import DensitySchedule, density_at
+from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, expect_masked, sparse_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -89,6 +89,7 @@ def sparsify(
             "sparsify was given a model that is sparsified already; call sparsefx.finalize(model) first to choose again"
         )
     chosen = _pattern(pattern, "sparsify")
+    expect_generator(generator)
     resolved = chosen.resolve_density(density)
     method = method_of(algorithm, chosen, calibration=calibration, densities=densities)
     moves = method.algorithm
@@ -153,7 +154,7 @@ def sparsify(
                 assert record.dormant is not None
                 torch.where(record.mask, weight, record.dormant, out=weight)
             first.undo()
-            _forget(model)
+            forget(model)
             raise
         if not moves.keeps_dormant:
             for record in records:
@@ -227,6 +228,7 @@ def attach(
     }
     method = found[0].with_options({**{name: value for name, value in named.items() if value is not None}, **options})
     expect_steps("total_steps", total_steps)
+    expect_generator(generator)
     expect_steps("check_every", 100 if check_every is None else check_every)
     if steps_per_epoch is not None:
         expect_steps("steps_per_epoch", steps_per_epoch)
@@ -287,7 +289,8 @@ def finalize(model: Model) -> Model:
     if not has_records(model):
         raise StateError("finalize was given a model that is not sparsified; there is nothing to bake in")
     found = list(sparse_parameters(model))
-    for name, parameter, _ in found:
+    for name, parameter, record in found:
+        expect_masked(name, parameter, record)
         _expect_finite(name, parameter.detach())
     with torch.no_grad():
         for _, parameter, record in found:
@@ -295,7 +298,7 @@ def finalize(model: Model) -> Model:
             record.settle(weight)
             record.follow(weight)
             weight.masked_fill_(~record.mask, 0)
-    _forget(model)
+    forget(model)
     return model
 
 
@@ -442,7 +445,7 @@ def _check_schedule(model: nn.Module, schedule: DensitySchedule, method: algorit
                 f"{record.pattern.fixed_density:g}; use a pattern with a free density such as 'unstructured'"
             )
         for step in (1, total_steps):
-            record.pattern.resolve_density(schedule(step))
+            record.pattern.resolve_density(density_at(schedule, step))
 
 
 def _pattern(pattern: object, caller: str) -> Pattern:
@@ -459,17 +462,6 @@ def _eligibility(rule: object, caller: str) -> Eligibility:
     if isinstance(rule, Eligibility):
         return rule
     raise OptionError(f"{caller} was given eligibility={rule!r}; expected a sparsefx.Eligibility, or None for the paper's rule")
-
-
-def _forget(model: nn.Module) -> None:
-    """Take away all that `sparsify` put beside the model."""
-    for module in model.modules():
-        for record in records_of(module).values():
-            if record.warning is not None:
-                record.warning.remove()
-        remove_records(module)
-    checkpoint.unwatch_loading(model)
-    remove_model_records(model)
 
 
 def _dense(layer: LayerReport) -> LayerReport:

@@ -102,7 +102,8 @@ def _named(wanted: Mapping[str, float], density: float, pattern: Pattern, layers
             close = get_close_matches(str(name), known, n=2)
             meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
             raise OptionError(
-                f"densities names {name!r}, which is no layer that becomes sparse; {meant}there are {', '.join(known[:4])}, ..."
+                f"densities names {name!r}, which is no layer that becomes sparse; {meant}there are {', '.join(known[:4])}, ...; "
+                "name one of these"
             )
     found: list[float] = []
     for layer in layers:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from sparsefx.errors import OptimizerError, StateError
 from sparsefx.patterns import GlobalUnstructured
-from sparsefx.sparse_parameter import SparseParameter, records_of, sparse_parameters
+from sparsefx.sparse_parameter import SparseParameter, expect_masked, records_of, sparse_parameters
 
 
 class Detachable(Protocol):
@@ -46,6 +46,7 @@ class Followed:
         parameter = self.module._parameters.get(self.local_name)
         if parameter is None:
             raise StateError(f"{self.name}: a parametrization took the parameter's place; remove it, or call runtime.detach()")
+        expect_masked(self.name, parameter, self.record)
         return parameter
 
 
@@ -95,7 +96,9 @@ def plan_of(optimizers: Sequence[Optimizer], owners: dict[str, Followed], requir
         names = [by_identity[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in by_identity]
         for name in names:
             if taken.setdefault(name, position) != position:
-                raise OptimizerError(f"{name} is held by two of the optimizers given; one parameter has one optimizer")
+                raise OptimizerError(
+                    f"{name} is held by two of the optimizers given; one parameter has one optimizer: leave one of them out"
+                )
         plan.append(names)
         if required and not names:
             raise OptimizerError(

@@ -57,6 +57,11 @@ def escape(text: str) -> Markup:
     return text if isinstance(text, Markup) else Markup(html.escape(text, quote=True))
 
 
+def breakable(name: str) -> Markup:
+    """A dotted name that lines may break after dots and underscores, and not within words."""
+    return Markup(escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
 def page(title: str, *parts: Markup, subtitle: str = "") -> str:
     """A whole document."""
     folder = files("sparsefx.data")
@@ -79,6 +84,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         ExportError: it cannot be written; a file already there is as before.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ExportError(f"path={path!r} was given; expected the path of the file to write, as text")
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")

@@ -61,6 +61,8 @@ def lottery_ticket(
     """
     expect_steps("total_steps", total_steps)
     expect_steps("rounds", rounds)
+    if not callable(train):
+        raise OptionError(f"train={train!r} was given; expected a function: state = train(model, first, last, state)")
     back = max(1, total_steps // 20) if rewind_to is None else rewind_to
     if not isinstance(back, int) or isinstance(back, bool) or not 0 <= back < total_steps:
         raise OptionError(f"rewind_to={rewind_to!r} was given; expected a step from 0 to total_steps - 1 = {total_steps - 1}")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefx.checkpoint import unwatch_loading
 from sparsefx.report import LayerReport
-from sparsefx.sparse_parameter import SparseParameter, records_of, sparse_parameters
+from sparsefx.sparse_parameter import SparseParameter, records_of, remove_records, sparse_parameters
 
 _KEY = "_sparsefx_model"
 
@@ -86,8 +87,14 @@ def _watch(record: ModelRecord, parameter: nn.Parameter, sparse: SparseParameter
         record.watched.append((weakref.ref(parameter), weakref.ref(sparse)))
 
 
-def remove_model_records(model: nn.Module) -> None:
-    """Forget everything that `set_model_record` did."""
+def forget(model: nn.Module) -> None:
+    """Take away all that was put beside the model: records of parameters and of models, the hooks on loading, warnings."""
+    for module in model.modules():
+        for record in records_of(module).values():
+            if record.warning is not None:
+                record.warning.remove()
+        remove_records(module)
+    unwatch_loading(model)
     for module, _ in list(model_records(model)):
         del module.__dict__[_KEY]
 

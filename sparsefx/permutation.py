@@ -167,6 +167,8 @@ def _slice(columns: Floats, chain: Chain, moves: int, spread: float, share: floa
 
 def _matrix(weight: Tensor, axis: int) -> np.ndarray[Any, Any]:
     """Magnitudes ``[rows, channels]`` in float64."""
+    if not isinstance(weight, Tensor):
+        raise OptionError(f"a {type(weight).__name__} was given; expected a weight, a tensor of two axes or more")
     if weight.dim() < 2 or not -weight.dim() <= axis < weight.dim():
         raise OptionError(
             f"a weight of shape {tuple(weight.shape)} and reduction_axis={axis!r} were given; expected one of its axes"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from sparsefx.html import Cell, Markup, bullets, escape, page, section, table, tiles
+from sparsefx.html import Cell, Markup, breakable, bullets, escape, page, section, table, tiles
 from sparsefx.report import LayerReport
 from sparsefx.report_table import NOT_FOR_HARDWARE, dense_reasons, hardware_reasons, headline, percent, quantity, total_lines
 
@@ -55,7 +55,7 @@ def _row(layer: LayerReport) -> list[str | Cell]:
     effective = layer.effective_flops
     note = layer.reason or (f"not for Sparse Tensor Cores: {layer.tensor_core_reason}" if layer.tensor_core_reason else "")
     return [
-        layer.name,
+        breakable(layer.name),
         layer.kind,
         "x".join(map(str, layer.shape)),
         layer.pattern if layer.sparse else "dense",

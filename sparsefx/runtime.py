@@ -33,8 +33,8 @@ from sparsefx.model_record import model_records, watch
 from sparsefx.ops.split import merge, split
 from sparsefx.runtime_state import STATE_VERSION, check_state
 from sparsefx.runtime_steps import inside_its_own_step, step_was_skipped
-from sparsefx.schedules import DensitySchedule
-from sparsefx.sparse_parameter import SparseParameter
+from sparsefx.schedules import DensitySchedule, density_at
+from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
 
 
 class _OptimizerHooks:
@@ -132,7 +132,9 @@ class _OptimizerHooks:
         # Whatever can be refused is refused before the weights change.
         schedule = self._runtime.density_schedule
         if schedule is not None:
-            self._densities = [entry.record.pattern.resolve_density(schedule(self.step + 1)) for entry in self.followed]
+            self._densities = [
+                entry.record.pattern.resolve_density(density_at(schedule, self.step + 1)) for entry in self.followed
+            ]
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         self._give_back_gradients()
         self.look_at_layers()
@@ -263,6 +265,11 @@ class MaskRuntime:
         """Masked parameters that none of the optimizers holds: their masks stay."""
         held = {entry.name for hooks in self._hooks for entry in hooks.followed}
         return tuple(name for name in self._names if name not in held)
+
+    def follows(self, model: nn.Module) -> bool:
+        """Whether the masks that this runtime moves are those of ``model``."""
+        records = {id(record) for _, _, record in sparse_parameters(model)}
+        return all(id(entry.record) in records for hooks in self._hooks for entry in hooks.followed)
 
     @property
     def step(self) -> int:

@@ -40,18 +40,37 @@ def check_state(state: dict[str, Any], records: Mapping[str, SparseParameter], a
         if saved["pattern"] != record.pattern.name:
             raise refuse(f"pattern {saved['pattern']!r} for {name}", repr(record.pattern.name), "sparsify with that pattern")
         shape, mask, dormant = tuple(record.mask.shape), saved["mask"], saved["dormant"]
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        if not _is_plain(mask) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise refuse(f"another mask for {name}", f"bool {shape}", "use the same model")
         if (dormant is None) != (record.dormant is None):
             raise refuse(f"other dormant values for {name}", "those of this algorithm", "sparsify with the same algorithm")
-        if dormant is not None and (not isinstance(dormant, Tensor) or tuple(dormant.shape) != shape):
+        if dormant is not None and not (_is_plain(dormant) and dormant.is_floating_point() and tuple(dormant.shape) == shape):
             raise refuse(f"other dormant values for {name}", f"{shape}", "use the same model")
+        if dormant is not None and not bool(torch.isfinite(dormant).all()):
+            raise refuse(f"NaN or infinity in {name}", "finite values", "load an earlier checkpoint")
         kept = {key: (value.shape, value.dtype) for key, value in record.state.items()}
         given = {key: (value.shape, value.dtype) for key, value in saved["state"].items() if isinstance(value, Tensor)}
         if given != kept or len(given) != len(saved["state"]):
             raise refuse(f"other values of the algorithm for {name}", "its own", "sparsify with the same algorithm and options")
+        if not isinstance(saved["density"], (int, float)) or not 0 < saved["density"] <= 1:
+            raise refuse(f"density {saved['density']!r} for {name}", "a number in (0, 1]", "load an undamaged state")
         if not _fits(mask, record, saved["density"]):
             raise refuse(f"a mask for {name} that is not {record.pattern.name}", "one that is", "load an undamaged state")
+    if not _is_random_state(state["generator"]):
+        raise refuse("a generator's state that torch does not take", "one of a CPU generator", "load an undamaged state")
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a dense tensor with values."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+
+
+def _is_random_state(state: Tensor) -> bool:
+    try:
+        torch.Generator().set_state(state)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _is_whole(state: dict[str, Any]) -> bool:
@@ -69,12 +88,16 @@ def _is_whole(state: dict[str, Any]) -> bool:
     whole = all(isinstance(saved, dict) and saved.keys() >= _SAVED for saved in parameters.values())
     if not whole or not all(isinstance(saved["state"], dict) for saved in parameters.values()):
         return False
-    return all(isinstance(step, int) and step >= 0 for step in steps)
+    if not all(isinstance(number, (int, float)) for value in values for number in value.values()):
+        return False
+    return all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps)
 
 
 def _fits(mask: Tensor, record: SparseParameter, density: object) -> bool:
     """Whether the pattern allows the mask: among masks of a fixed density, it is then its own best mask."""
     if record.pattern.fixed_density is None:
-        return isinstance(density, float) and 0 < density <= 1
+        return True
+    if density != record.pattern.fixed_density:
+        return False
     best = record.pattern.mask(mask.to(torch.float32), reduction_axis=record.reduction_axis)
     return bool(torch.equal(best, mask))

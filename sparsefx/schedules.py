@@ -11,8 +11,24 @@ DensitySchedule = Callable[[int], float]
 
 
 def constant(density: float) -> DensitySchedule:
-    """The same density at every step."""
+    """The same density at every step. Raises OptionError for anything outside (0, 1]."""
+    if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 < density <= 1:
+        raise OptionError(f"density {density!r} was given; expected a number in (0, 1]")
     return lambda step: density
+
+
+def density_at(schedule: DensitySchedule, step: int) -> float:
+    """What ``schedule`` says of ``step``. Raises OptionError, with the cause, where it fails or says nothing."""
+    try:
+        density = schedule(step)
+    except Exception as error:
+        raise OptionError(
+            f"density_schedule was asked for step {step} and raised {type(error).__name__}: {error}; expected a function that "
+            "takes the step alone and returns a density in (0, 1], see sparsefx.schedules"
+        ) from error
+    if density is None:
+        raise OptionError(f"density_schedule returned None for step {step}; expected a density in (0, 1]")
+    return density
 
 
 def cubic(start: float, end: float, *, first_step: int, last_step: int) -> DensitySchedule:

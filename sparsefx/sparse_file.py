@@ -65,7 +65,12 @@ def save(
     _expect(model, runtime, "save")
     if extra is not None and not (isinstance(extra, Mapping) and all(isinstance(key, str) for key in extra)):
         raise OptionError(f"save was given extra={type(extra).__name__}; expected a dict with texts as keys")
-    tensors, metadata = content_of(_inner(model), None if runtime is None else runtime.state_dict(), extra or {})
+    try:
+        tensors, metadata = content_of(_inner(model), None if runtime is None else runtime.state_dict(), extra or {})
+    except RecursionError as error:
+        raise OptionError(
+            "save was given extra that contains itself; expected a finite tree of dicts, lists and tuples"
+        ) from error
     replace_file(path, lambda made: save_file(tensors, made, metadata))
 
 
@@ -166,6 +171,8 @@ def _expect(model: object, runtime: object, caller: str) -> None:
         raise OptionError(f"{caller} was given a {type(model).__name__}; expected a torch.nn.Module")
     if runtime is not None and not isinstance(runtime, MaskRuntime):
         raise OptionError(f"{caller} was given runtime={type(runtime).__name__}; expected what sparsefx.attach returned")
+    if isinstance(runtime, MaskRuntime) and not runtime.follows(model):
+        raise StateError(f"{caller} was given a runtime that follows another model; give the one that is attached to this model")
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from sparsefx import checkpoint
 from sparsefx.errors import OptionError
-from sparsefx.model_record import ModelRecord, model_records, remove_model_records, set_model_record
+from sparsefx.model_record import ModelRecord, forget, set_model_record
 from sparsefx.runtime import MaskRuntime
 from sparsefx.sparse_file_content import algorithm_of, model_record_of, pattern_of
 from sparsefx.sparse_file_read import SavedParameter
-from sparsefx.sparse_parameter import SparseParameter, add_record, records_of, remove_records, sparse_parameters
+from sparsefx.sparse_parameter import SparseParameter, add_record, sparse_parameters
 
 _MOVED = ("density", "target", "threshold", "merged", "left_out", "dormant")
 
@@ -112,7 +112,7 @@ def place(model: nn.Module, plan: Plan, runtime: tuple[MaskRuntime, dict[str, An
             runtime[0].load_state_dict(runtime[1])
     except BaseException as error:
         if plan.new:
-            _take_back(model)
+            forget(model)
         for name, copy in copies.items():
             before[name].copy_(copy)
         for record, mask, dormant, values in records:
@@ -138,14 +138,3 @@ def _move(record: SparseParameter, weight: Tensor, saved: SavedParameter) -> Non
             record.dormant.zero_()
         else:
             record.dormant.copy_(saved.dormant)
-
-
-def _take_back(model: nn.Module) -> None:
-    for module in model.modules():
-        for record in records_of(module).values():
-            if record.warning is not None:
-                record.warning.remove()
-        remove_records(module)
-    checkpoint.unwatch_loading(model)
-    if list(model_records(model)):
-        remove_model_records(model)

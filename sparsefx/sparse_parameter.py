@@ -136,6 +136,20 @@ def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Spa
             yield name, parameter, record
 
 
+def expect_masked(name: str, parameter: nn.Parameter, record: SparseParameter) -> None:
+    """Raise StateError where a mask can no longer be laid on its parameter, which the user replaced or converted."""
+    if parameter.shape != record.mask.shape:
+        raise StateError(
+            f"{name} has shape {tuple(parameter.shape)}, but its mask has {tuple(record.mask.shape)}: the parameter was replaced "
+            "after sparsify; put one of the old shape back, or build the model anew and sparsify it as it is now"
+        )
+    if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+        raise StateError(
+            f"{name} has become {parameter.dtype}, in which masks cannot be moved; expected float16 or wider. Convert it back, "
+            "or call sparsefx.finalize before converting"
+        )
+
+
 def empty_channels(weight: Tensor, reduction_axis: int) -> int:
     """How many output channels (along the axis of the first two that is not ``reduction_axis``) hold only zeros.
 

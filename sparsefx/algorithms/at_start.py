@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, final
 
@@ -68,13 +68,25 @@ def losses(start: Start, algorithm: str) -> Iterator[tuple[Tensor, list[nn.Param
             f"algorithm {algorithm!r} scores weights by data, but sparsify was given no {missing}; pass "
             "calibration=[batch, ...] and loss_fn=lambda model, batch: ..."
         )
+    if not callable(start.loss_fn):
+        raise OptionError(f"loss_fn={start.loss_fn!r} was given; expected a function: loss_fn(model, batch) is the loss")
+    if isinstance(start.calibration, (Tensor, dict, str)) or not isinstance(start.calibration, Iterable):
+        raise OptionError(
+            f"algorithm {algorithm!r} was given calibration={type(start.calibration).__name__}; expected batches, such as a "
+            "DataLoader or a list of inputs"
+        )
     parameters = start.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
     seen = False
     for batch in start.calibration:
         seen = True
-        loss = start.loss_fn(start.model, batch)
+        try:
+            loss = start.loss_fn(start.model, batch)
+        except Exception as error:
+            raise OptionError(
+                f"loss_fn(model, batch) raised {type(error).__name__}: {error}; expected the loss of one calibration batch"
+            ) from error
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
             raise OptionError(
                 f"loss_fn(model, batch) returned {_told(loss)}; expected the loss: a tensor without dimensions that depends "

@@ -195,21 +195,38 @@ def drop_and_grow(layers: list[Layer], parts: Parts, fractions: list[float]) -> 
     """Change the masks of ``layers`` once: drop ``fractions`` of their participating weights, and grow as many in all."""
     places = [Places(layer) for layer in layers]
     one_ranking = all(isinstance(layer.pattern, GlobalUnstructured) for layer in layers)
+    if one_ranking or parts.drop_within == "all" or parts.grow_within == "all":
+        _among_all_layers(places, parts, fractions, one_ranking=one_ranking)
+        return
+    # Layer by layer, so that no more than one layer's scores are in memory at a time.
+    dropped = [place.dropped(fraction) for place, fraction in zip(places, fractions, strict=True)]
+    counts = _counts(places, parts, [place.count - gone for place, gone in zip(places, dropped, strict=True)])
+    for place, fraction, count in zip(places, fractions, counts, strict=True):
+        kept = drop_smallest([place], [place.drop_scores(parts.drop)], [fraction], together=False)
+        grow = [place.scores(parts.grow(place.layer))]
+        grow_largest([place], kept, grow, [count], within=parts.grow_within, clear_moments=not parts.dense_moments)
+
+
+def _among_all_layers(places: list[Places], parts: Parts, fractions: list[float], *, one_ranking: bool) -> None:
     drops = [place.drop_scores(parts.drop) for place in places]
     grows = [place.scores(parts.grow(place.layer)) for place in places]
     kept = drop_smallest(places, drops, fractions, together=one_ranking or parts.drop_within == "all")
-    left = [int(stays.sum()) for stays in kept]
-    dropped = [place.count - count for place, count in zip(places, left, strict=True)]
-    counts = dropped
-    if parts.redistribute is not None:
-        shares = (
-            [float(count) for count in left]
-            if parts.redistribute == "nonzero"
-            else [parts.redistribute(layer) for layer in layers]
-        )
-        counts = allocate(sum(dropped), shares, [place.total - count for place, count in zip(places, left, strict=True)])
+    counts = _counts(places, parts, [int(stays.sum()) for stays in kept])
     within: Within = "all" if one_ranking else parts.grow_within
     grow_largest(places, kept, grows, counts, within=within, clear_moments=not parts.dense_moments)
+
+
+def _counts(places: list[Places], parts: Parts, left: list[int]) -> list[int]:
+    """How many units each layer grows, given how many it has left."""
+    dropped = [place.count - count for place, count in zip(places, left, strict=True)]
+    if parts.redistribute is None:
+        return dropped
+    shares = (
+        [float(count) for count in left]
+        if parts.redistribute == "nonzero"
+        else [parts.redistribute(place.layer) for place in places]
+    )
+    return allocate(sum(dropped), shares, [place.total - count for place, count in zip(places, left, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,10 @@ class Places:
             values = values.masked_fill(~self.layer.mask, 0)
         return self.scores(values)
 
+    def dropped(self, fraction: float) -> int:
+        """How many units go when that fraction of them is dropped: never all."""
+        return min(round(fraction * self.count), max(0, self.count - 1))
+
     def best(self, scores: Tensor) -> Tensor:
         """The one unit with the largest score of those that participate."""
         return largest_among([scores], [self.active], min(1, self.count))[0]
@@ -80,9 +84,7 @@ def drop_smallest(
 
     The best unit of each layer stays whatever the fraction is.
     """
-    dropped = [
-        min(round(fraction * place.count), max(0, place.count - 1)) for place, fraction in zip(places, fractions, strict=True)
-    ]
+    dropped = [place.dropped(fraction) for place, fraction in zip(places, fractions, strict=True)]
     if together:
         best = [place.best(score) for place, score in zip(places, scores, strict=True)]
         raised = [score.masked_fill(top, float("inf")) for score, top in zip(scores, best, strict=True)]

@@ -39,7 +39,7 @@ class Magnitude(Algorithm):
             if getattr(self, name) is not None and self.exploit != exploit:
                 raise OptionError(
                     f"{name}={getattr(self, name)!r} was given with exploit={self.exploit!r}; it only acts with "
-                    f"exploit={exploit!r}"
+                    f"exploit={exploit!r}: leave it out, or choose that"
                 )
         self.settings(1)  # checks the ranges
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import torch
+
 from sparsefx.errors import OptionError
 
 
@@ -29,3 +31,11 @@ def expect_one_of(name: str, value: object, literal: Any) -> None:
     """Raise OptionError unless ``value`` is one of the texts of a ``typing.Literal``."""
     if value not in get_args(literal):
         raise OptionError(f"{name}={value!r} was given; expected one of {', '.join(map(repr, get_args(literal)))}")
+
+
+def expect_generator(value: object) -> None:
+    """Raise OptionError unless ``value`` is None or a generator on the CPU."""
+    if value is None or (isinstance(value, torch.Generator) and value.device.type == "cpu"):
+        return
+    given = f"a generator on {value.device}" if isinstance(value, torch.Generator) else repr(value)
+    raise OptionError(f"generator={given} was given; expected a torch.Generator() on the CPU, or None for one with seed 0")

@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.optim import Optimizer
 
-from sparsefx.api import attach, finalize, sparsify
+from sparsefx.api import attach, sparsify
 from sparsefx.errors import OptionError
+from sparsefx.integrations.callback import SparseTraining, inner_optimizer
 from sparsefx.integrations.watch import MaskWatch
 from sparsefx.model_record import has_records
-from sparsefx.patterns import Pattern
-from sparsefx.runtime import MaskRuntime
 
 
-class SparsityCallback(Callback):  # type: ignore[misc]  # lightning is not type-checked here
+class SparsityCallback(SparseTraining, Callback):  # type: ignore[misc]  # lightning is not type-checked here
     """Trains sparse with the module's own optimizers, saves the runtime in Lightning's checkpoints, and resumes from them.
 
     The module is sparsified when training begins, unless that was done before, with its ``example_input_array`` as example inputs
@@ -32,21 +30,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]  # lightning is not type
         finalize_at_end: end sparse training with `sparsefx.finalize` when training ends.
     """
 
-    def __init__(
-        self,
-        pattern: str | Pattern = "2:4",
-        *,
-        sparsify_options: Mapping[str, Any] | None = None,
-        attach_options: Mapping[str, Any] | None = None,
-        finalize_at_end: bool = False,
-    ) -> None:
-        self._pattern = pattern
-        self._sparsify_options = dict(sparsify_options or {})
-        self._attach_options = dict(attach_options or {})
-        self._finalize_at_end = finalize_at_end
-        self._saved: dict[str, Any] | None = None
-        self._watch: MaskWatch | None = None
-        self.runtime: MaskRuntime | None = None
+    _saved: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sparsify and attach, when Lightning has restored weights and optimizers of a checkpoint; then restore the masks."""
@@ -57,7 +41,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]  # lightning is not type
             sparsify(pl_module, **{"pattern": self._pattern, "example_inputs": inputs, **self._sparsify_options})
         if self.runtime is not None:
             self.runtime.detach()
-        optimizers = [_plain(optimizer) for optimizer in trainer.optimizers]
+        optimizers = [inner_optimizer(optimizer) for optimizer in trainer.optimizers]
         self.runtime = attach(pl_module, optimizers, **{**_steps(trainer, self._attach_options), **self._attach_options})
         if self._saved is not None and weights is not None:
             self.runtime.load_state_dict(self._saved)
@@ -72,16 +56,12 @@ class SparsityCallback(Callback):  # type: ignore[misc]  # lightning is not type
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finalize where that was asked for. Else the runtime stays until checkpoints of the end of training are written."""
-        if self._finalize_at_end and self.runtime is not None:
-            self.runtime.detach()
-            self.runtime = self._watch = None
-            finalize(pl_module)
+        if self._finalize_at_end:
+            self._stop(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop following."""
-        if self.runtime is not None:
-            self.runtime.detach()
-            self.runtime = self._watch = None
+        self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """The runtime's state, which Lightning puts into its checkpoints."""
@@ -90,14 +70,6 @@ class SparsityCallback(Callback):  # type: ignore[misc]  # lightning is not type
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until training starts, when there is a runtime to load it."""
         self._saved = state_dict.get("runtime")
-
-
-def _plain(optimizer: Any) -> Optimizer:
-    """The optimizer inside a wrapper of Lightning's, whose steps are the ones that are made."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    found: Optimizer = optimizer
-    return found
 
 
 def _steps(trainer: Trainer, given: Mapping[str, Any]) -> dict[str, Any]:

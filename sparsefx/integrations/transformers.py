@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsefx.api import attach, finalize, sparsify
+from sparsefx.api import attach, sparsify
 from sparsefx.errors import CaptureError, OptionError, StateError
+from sparsefx.integrations.callback import SparseTraining, inner_optimizer
 from sparsefx.integrations.watch import MaskWatch
 from sparsefx.model_record import has_records
 from sparsefx.patterns import Pattern
-from sparsefx.runtime import MaskRuntime
 from sparsefx.sparse_file import load, save
 
 FILE = "sparsefx.safetensors"
 
 
-class SparsityCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not type-checked here
+class SparsityCallback(SparseTraining, TrainerCallback):  # type: ignore[misc]  # transformers is not type-checked here
     """Trains sparse with the Trainer's own optimizer, saves the masks in its checkpoints, and resumes from them.
 
     The model is sparsified when training begins, unless that was done before, with the model's ``dummy_inputs`` as example
@@ -42,21 +40,10 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
     """
 
     def __init__(
-        self,
-        pattern: str | Pattern = "2:4",
-        *,
-        sparsify_options: Mapping[str, Any] | None = None,
-        attach_options: Mapping[str, Any] | None = None,
-        finalize_at_end: bool = False,
-        resume_from: str | os.PathLike[str] | None = None,
+        self, pattern: str | Pattern = "2:4", *, resume_from: str | os.PathLike[str] | None = None, **options: Any
     ) -> None:
-        self._pattern = pattern
-        self._sparsify_options = dict(sparsify_options or {})
-        self._attach_options = dict(attach_options or {})
-        self._finalize_at_end = finalize_at_end
+        super().__init__(pattern, **options)
         self._resume_from = resume_from
-        self._watch: MaskWatch | None = None
-        self.runtime: MaskRuntime | None = None
 
     def add_to(self, trainer: Trainer) -> SparsityCallback:
         """Put this callback before all others of ``trainer``, so that every logger sees its figures; gives itself back."""
@@ -74,7 +61,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         if self.runtime is not None:
             self.runtime.detach()
         options = {"total_steps": state.max_steps, "steps_per_epoch": _steps_per_epoch(state), **self._attach_options}
-        self.runtime = attach(model, _plain(given["optimizer"]), **options)
+        self.runtime = attach(model, inner_optimizer(given["optimizer"]), **options)
         if file is not None:
             load(model, file, runtime=self.runtime)
         self._watch = MaskWatch(model)
@@ -134,20 +121,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Stop following, and finalize where that was asked for."""
-        if self.runtime is None:
-            return
-        self.runtime.detach()
-        self.runtime = self._watch = None
-        if self._finalize_at_end:
-            finalize(given["model"])
-
-
-def _plain(optimizer: Any) -> Optimizer:
-    """The optimizer inside Accelerate's wrapper, whose steps are the ones that are made."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    found: Optimizer = optimizer
-    return found
+        self._stop(given["model"])
 
 
 def _steps_per_epoch(state: TrainerState) -> int:

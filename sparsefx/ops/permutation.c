@@ -7,15 +7,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
-#if __GNUC__ >= 12
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES __attribute__((target_clones("default", "avx2")))
-#endif
-#else
-#define CLONES
-#endif
+#include "compiler.h"
 
 enum { LANES = 16, COOL_EVERY = 1024 };
 

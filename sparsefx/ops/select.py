@@ -55,7 +55,11 @@ def _compiled(scores: Sequence[Tensor], candidates: Sequence[Tensor], count: int
     """The mask kernels compare magnitudes as bits: the next larger bits keep their order, and leave 0 to all that is no
     candidate."""
     shifted = [
-        (score.clamp(0, torch.finfo(score.dtype).max).view(_BITS[score.dtype]) + 1).masked_fill_(~candidate, 0).view(score.dtype)
+        score.clamp(0, torch.finfo(score.dtype).max)
+        .view(_BITS[score.dtype])
+        .add_(1)
+        .masked_fill_(~candidate, 0)
+        .view(score.dtype)
         for score, candidate in zip(scores, candidates, strict=True)
     ]
     density = count / sum(score.numel() for score in scores)

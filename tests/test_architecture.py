@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each layer may import itself and those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "report", "html", "schedules", "data", "inputs", "atomic_file", "plain_tree"),
+    ("errors", "report", "html", "schedules", "data", "inputs", "atomic_file", "plain_tree", "machine"),
     ("patterns",),
     (
         "algorithms",
@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "layers",
         "permutation",
         "densities",
+        "step_densities",
         "loaded_densities",
     ),
     ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot", "first_masks"),

@@ -37,6 +37,7 @@ SPLIT_OFF = {
     "runtime_": "runtime",
     "demo_": "demo",
     "targets": "cli",
+    "pruning_": "pruning",
     "weights_file": "api",
     "sparse_file_": "sparse_file",
     "onnx_": "onnx_audit",

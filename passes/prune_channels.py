@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsefx.errors import VerificationError
+from sparsefx.machine import machine_multiple
 from sparsefx.passes.channels.build import build_plan
 from sparsefx.passes.channels.carriers import choose_carriers
 from sparsefx.passes.channels.graph import ChannelGraph, capture_channels
@@ -21,7 +22,7 @@ from sparsefx.passes.channels.propagation import Propagation
 from sparsefx.passes.channels.solve import Solution
 from sparsefx.passes.channels.surgery import cut
 from sparsefx.passes.channels.trial import Failure, ShapeTrial, ValueTrial
-from sparsefx.passes.channels.widths import holds, keep_groups, machine_multiple, pattern_of, round_widths
+from sparsefx.passes.channels.widths import holds, keep_groups, pattern_of, round_widths
 from sparsefx.passes.propagate_channels import propagate_channels
 
 TOLERANCE = 1e-9

@@ -61,8 +61,9 @@ def sparsify(
         algorithm: how masks are chosen and move: a name (see `sparsefx.algorithms`), or an Algorithm with options of your own; or
             for pretrained weights, from calibration batches and for good: ``"wanda"`` or ``"sparsegpt"``, which also changes
             the weights that stay (or an object of `sparsefx.one_shot`).
-        densities: how ``density`` is divided among layers: ``"uniform"``, ``"erk"``, ``"global"``, or a dict of layer names or
-            globs to densities; see `sparsefx.densities.layer_densities`. None means the algorithm's own, mostly uniform.
+        densities: how ``density`` is divided among layers: ``"uniform"``, ``"erk"``, ``"global"``, ``"steps"`` (numbers
+            of filters end where hardware gets faster), or a dict of layer names or globs to densities; see
+            `sparsefx.densities.layer_densities`. None means the algorithm's own, mostly uniform.
         calibration: batches that algorithms look at which score weights by data (``"snip"``, ``"grasp"``,
             ``"wanda"``, ``"sparsegpt"``).
         loss_fn: for these, ``loss_fn(model, batch)`` is the loss of one batch, a tensor without dimensions.

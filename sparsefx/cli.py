@@ -7,6 +7,7 @@ Model libraries and the ONNX tools are imported by the commands that need them, 
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import warnings
@@ -202,6 +203,10 @@ def prune(
     multiple: Annotated[
         str, typer.Option(help="Round widths up to multiples of this: a number, or auto for what the machine computes in.")
     ] = "auto",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the model before and after, in torch and onnxruntime.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML page.", metavar="FILE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
     input_shape: InputShapes = None,
     debug: Debug = False,
@@ -209,6 +214,9 @@ def prune(
     """Remove empty channels; outputs stay the same, which is checked in float64."""
     with _one_line_errors(debug):
         import sparsefx
+        from sparsefx.html import write_text
+        from sparsefx.pruning_page import pruning_page
+        from sparsefx.pruning_speed import measure_speed, speed_lines
         from sparsefx.targets import load_target
         from sparsefx.weights_file import load_weights, save_weights
 
@@ -223,13 +231,24 @@ def prune(
             load_weights(loaded.model, weights)
         with _busy(f"pruning {target}"):
             found = sparsefx.channel_plan(loaded.model, inputs, multiple=int(multiple) if multiple.isdigit() else multiple)
-        if out is not None:
-            save_weights(sparsefx.apply_channel_plan(loaded.model, found), out)
+        smaller = sparsefx.apply_channel_plan(loaded.model, found) if out is not None or measure else None
+        if out is not None and smaller is not None:
+            save_weights(smaller, out)
             _note(f"wrote {out}")
         if plan is not None:
             found.save(plan)
             _note(f"wrote {plan}")
-        typer.echo(found.report.to_json() if as_json else str(found.report))
+        speed = None
+        if measure and smaller is not None:
+            with _busy(f"timing {target}"):
+                speed = measure_speed(loaded.model, smaller, inputs)
+        if html is not None:
+            write_text(html, pruning_page(found.report, target, speed))
+            _note(f"wrote {html}")
+        if as_json:
+            typer.echo(json.dumps({**found.report.as_dict(), "measured": None if speed is None else speed.as_dict()}, indent=2))
+        else:
+            typer.echo("\n".join([str(found.report), *speed_lines(found.report, speed)]))
 
 
 @app.command()

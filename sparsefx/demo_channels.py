@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,7 @@ from torch import Tensor, nn
 import sparsefx
 from sparsefx.passes.channels.report import PruningReport
 from sparsefx.passes.onnx_report import ExportReport
-
-REPEATS = 15
-"""Runs that each time is the median of."""
+from sparsefx.pruning_speed import in_turn, onnx_run
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,8 @@ def prune_net(model: nn.Module, images: Tensor, labels: Tensor, out: Path) -> Pr
         same_predictions=int((named == named_after).sum()),
         report=sparsefx.channel_plan_of(pruned).report,
         export=export,
-        torch_seconds=_alternating(lambda: _predictions(model, images), lambda: _predictions(pruned, images)),
-        onnx_seconds=_alternating(_session(whole_path, images), _session(pruned_path, images)),
+        torch_seconds=_both(lambda: _predictions(model, images), lambda: _predictions(pruned, images)),
+        onnx_seconds=_both(onnx_run(whole_path, [images]), onnx_run(pruned_path, [images])),
     )
 
 
@@ -79,22 +75,6 @@ def _predictions(model: nn.Module, images: Tensor) -> Tensor:
     return named
 
 
-def _session(path: Path, images: Tensor) -> Callable[[], Any]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: images.numpy()}
-    return lambda: session.run(None, feed)
-
-
-def _alternating(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
-    """Median seconds of each, run in turn, since other work on the machine comes and goes."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(REPEATS):
-        for run, seconds in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+def _both(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    before, after = in_turn([first, second])
+    return before, after

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from sparsefx.html import Cell, Line, Markup, bullets, columns, line_chart, mask_picture, page, section, table, tiles
+from sparsefx.pruning_page import width_table
+from sparsefx.pruning_speed import speed_lines
 from sparsefx.report_page import layer_table
 from sparsefx.report_table import dense_reasons, quantity, total_lines
 
@@ -62,7 +64,7 @@ def demo_page(result: DemoResult) -> str:
         section("Masks", _MASK_NOTE, _masks(result)),
         section("Audit", *total_lines(result.audit), bullets(reasons), layer_table(result.audit)),
         section("Channels", _channel_table(result)),
-        section("Channels removed", *_pruning_lines(result), _width_table(result)),
+        section("Channels removed", *_pruning_lines(result), width_table(result.pruned.report)),
         section("ONNX file", f"{result.export.path}: {_same(result)} have equal predictions.", bullets(result.export.checks)),
         subtitle="The same first weights and the same batches for both nets of a seed; 1 200 training images, "
         f"{result.test_images} test images, UCI optical digits. {result.seconds:.0f} s in all.",
@@ -73,28 +75,14 @@ def _pruning_lines(result: DemoResult) -> list[str]:
     """What became of a net that was trained without half of its filters."""
     net = result.pruned
     report = net.report
-    rows = [row for row in report.layers if row.outputs]
-    empty = sum(row.empty for row in rows) / sum(row.outputs for row in rows)
     return [
         f"A net trained with half of its filters, then cut: {report.summary()}.",
         f"Test accuracy {100 * net.accuracy:.2f} % before and {100 * net.accuracy_after:.2f} % after; the same digit on "
         f"{net.same_predictions} of {result.test_images} images.",
-        f"{net.torch_speedup:.2f} times as fast in torch, {net.onnx_speedup:.2f} times in onnxruntime (one thread). Bounds: "
-        f"{report.operations / report.operations_after:.2f} by multiply-adds that are left, {1 / (1 - empty):.2f} by the "
-        f"{100 * empty:.0f} % of channels that were empty.",
+        f"{net.torch_speedup:.2f} times as fast in torch, {net.onnx_speedup:.2f} times in onnxruntime (medians of alternating "
+        "runs, one thread).",
+        *speed_lines(report),
     ]
-
-
-def _width_table(result: DemoResult) -> Markup:
-    headers = ["weight", "inputs", "inputs after", "outputs", "outputs after", "empty outputs"]
-    rows: list[list[str | Cell]] = [
-        [
-            row.weight,
-            *(Cell(str(count), count) for count in (row.inputs, row.inputs_after, row.outputs, row.outputs_after, row.empty)),
-        ]
-        for row in result.pruned.report.layers
-    ]
-    return table(headers, rows)
 
 
 def _same(result: DemoResult) -> str:

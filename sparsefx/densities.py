@@ -12,12 +12,14 @@ from torch import Tensor
 
 from sparsefx.algorithms.allocate import allocate, none_empty
 from sparsefx.errors import OptionError
+from sparsefx.machine import machine_multiple
 from sparsefx.patterns import Channel, GlobalUnstructured, Pattern
 from sparsefx.patterns.selection import largest, participating
 from sparsefx.patterns.units import unit_scores, weights_per_unit
+from sparsefx.step_densities import step_densities
 
 Densities = str | Mapping[str, float]
-_NAMES = ("uniform", "erk", "global")
+_NAMES = ("uniform", "erk", "global", "steps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +38,9 @@ def layer_densities(wanted: Densities, density: float, pattern: Pattern, layers:
     Args:
         wanted: ``"uniform"``: ``density`` for each. ``"erk"`` (Erdos-Renyi-Kernel, Evci et al. 2020): in proportion to the sum
             of a weight's sides over their product; layers that would be above 1 become dense, and the rest is solved again.
-            ``"global"``: as one ranking of all scores would have it. A mapping from names or globs to densities: an exact
-            name first, else the first glob that matches, else ``density``.
+            ``"global"``: as one ranking of all scores would have it. ``"steps"``, for whole filters: so that the number of
+            filters that is left is a multiple of what the machine computes in, see `step_densities`. A mapping from names or
+            globs to densities: an exact name first, else the first glob that matches, else ``density``.
         density: share of all weights that participate. With ``erk`` and ``global`` the total is exact, wherever all units
             have one size.
 
@@ -65,6 +68,8 @@ def layer_densities(wanted: Densities, density: float, pattern: Pattern, layers:
         return _erdos_renyi(density, pattern, layers)
     if wanted == "global":
         return _global(density, pattern, layers)
+    if wanted == "steps":
+        return _steps(density, pattern, layers)
     close = get_close_matches(str(wanted), _NAMES, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise OptionError(
@@ -93,6 +98,17 @@ def _global(density: float, pattern: Pattern, layers: Sequence[Candidate]) -> li
     chosen = largest(torch.cat(scores), participating(density, sum(score.numel() for score in scores)))
     counts = [int(part.sum()) for part in chosen.split([score.numel() for score in scores])]
     return [count / score.numel() for count, score in zip(none_empty(counts), scores, strict=True)]
+
+
+def _steps(density: float, pattern: Pattern, layers: Sequence[Candidate]) -> list[float]:
+    if not isinstance(pattern, Channel):
+        raise OptionError(
+            f"densities='steps' was given for pattern {pattern.name!r}, which does not empty filters; use pattern 'channel', or "
+            "other densities"
+        )
+    sizes = [weights_per_unit(pattern, layer.scores.shape, layer.reduction_axis) for layer in layers]
+    filters = [layer.scores.numel() // size for layer, size in zip(layers, sizes, strict=True)]
+    return step_densities(density, filters, sizes, machine_multiple(layers[0].scores.device))
 
 
 def _named(wanted: Mapping[str, float], density: float, pattern: Pattern, layers: Sequence[Candidate]) -> list[float]:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each layer may import itself and those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "report", "html", "schedules", "data", "inputs", "atomic_file", "plain_tree"),
+    ("errors", "report", "html", "schedules", "data", "inputs", "atomic_file", "plain_tree", "machine"),
     ("patterns",),
     (
         "algorithms",
@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "layers",
         "permutation",
         "densities",
+        "step_densities",
         "loaded_densities",
     ),
     ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot", "first_masks"),
@@ -36,6 +37,7 @@ SPLIT_OFF = {
     "runtime_": "runtime",
     "demo_": "demo",
     "targets": "cli",
+    "pruning_": "pruning",
     "weights_file": "api",
     "sparse_file_": "sparse_file",
     "onnx_": "onnx_audit",

@@ -47,6 +47,20 @@ def test_json_has_widths_before_and_after() -> None:
     assert (stem["outputs"], stem["outputs_after"], stem["outputs_needed"]) == (32, 24, 22)
 
 
+def test_measured_times_stand_beside_the_bounds(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = RUNNER.invoke(app, ["prune", TARGET, "--measure", "--html", str(page), "--multiple", "1"])
+    assert result.exit_code == 0, result.output
+    for text in (result.stdout, page.read_text()):
+        assert "Bounds on the speed-up" in text
+        assert "in torch" in text
+        assert "in onnxruntime" in text
+    assert "32 -&gt; 22" in page.read_text() or ">22<" in page.read_text()
+    result = RUNNER.invoke(app, ["prune", TARGET, "--json", "--measure", "--multiple", "1"])
+    measured = json.loads(result.stdout)["measured"]
+    assert len(measured["torch_seconds"]) == len(measured["onnx_seconds"]) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -87,13 +87,15 @@ def test_densities_by_name_and_glob() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "word"),
     [
-        ({"densities": "erdos"}, OptionError, "'uniform', 'erk', 'global'"),
+        ({"densities": "erdos"}, OptionError, "'uniform', 'erk', 'global', 'steps'"),
         ({"densities": "ERK"}, OptionError, "expected 'uniform'"),
         ({"densities": {"4": 0.5}}, OptionError, "no layer that becomes sparse"),
         ({"densities": {"3": 0.0}}, PatternError, "density 0.0"),
         ({"pattern": "2:4", "density": None, "densities": "erk"}, OptionError, "always 0.5"),
         ({"pattern": "unstructured:global", "densities": "erk"}, OptionError, "one threshold"),
         ({"pattern": "channel", "densities": "global"}, OptionError, "differ in size"),
+        ({"densities": "steps"}, OptionError, "does not empty filters"),
+        ({"pattern": "channel", "densities": "steps"}, OptionError, "below a step"),
     ],
 )
 def test_densities_that_do_not_fit_are_refused_and_nothing_changes(options: dict[str, Any], error: type, word: str) -> None:

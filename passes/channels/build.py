@@ -154,10 +154,11 @@ def _report(
         places[name] = places.get(name, 0) + number
     by_name = {layer.read.weight.name: layer for layer in layers}
     why = _reasons(facts, solution)
-    rows = []
+    rows, nonzero = [], 0
     for name, number in places.items():
         tensor = model.get_parameter(name) if name in sizes else model.get_buffer(name)
         size, left = tensor.numel(), math.prod(after[name])
+        nonzero += number * int(torch.count_nonzero(tensor.detach()))
         layer = by_name.get(name)
         if layer is None:  # depthwise: outputs are inputs
             labels = solution.roots[facts.axes[name, 0]]
@@ -190,6 +191,7 @@ def _report(
         moved=tuple(moved),
         refused=refused,
         multiple=multiple,
+        operations_nonzero=nonzero,
     )
 
 

@@ -6,13 +6,19 @@ that is kept, divided by that channel's constant: exact at the border too, whate
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer
 from sparsefx.passes.channels.solve import Solution, reading
+from sparsefx.passes.channels.value import Floats
 
 Mask = NDArray[np.bool_]
+_WEAKEST = 0.1
+"""Smallest constant of a carrier, relative to the largest that it carries."""
 
 
 def lost_constants(solution: Solution, layer: Layer) -> Mask:
@@ -39,19 +45,36 @@ def input_groups(layer: Layer) -> list[slice]:
 
 
 def choose_carriers(solution: Solution, layers: list[Layer]) -> None:
-    """Keep one constant channel wherever constants need one and none stays yet: the one with the largest constant."""
-    changed = True
-    while changed:
-        changed = False
-        for layer in layers:
-            if layer.read.uniform:
-                continue
-            lost = lost_constants(solution, layer)
-            if not lost.any():
-                continue
-            for group in input_groups(layer):
-                if lost[group].any() and carrier(solution, layer, group) is None:
-                    largest = int(np.argmax(np.where(lost[group], np.abs(np.nan_to_num(layer.constant[group])), 0)))
-                    changed |= solution.need(layer.into[group][largest : largest + 1])
-        if changed:
-            solution.settle()
+    """Keep a constant channel wherever constants need one and none stays yet: one that serves as many layers as it can.
+
+    Layers along a residual stream read the same channels, but the constant of a channel changes from block to block and may
+    become zero; a channel that has a constant for all of them serves them all.
+    """
+    while True:
+        pending = list(_without_carrier(solution, layers))
+        if not pending:
+            return
+        serves = np.zeros(len(solution.roots), dtype=np.int64)
+        for _, _, classes, strength in pending:
+            serves[np.unique(classes[strength >= _WEAKEST])] += 1
+        for layer, group, classes, strength in pending:
+            if carrier(solution, layer, group) is None:
+                # The division by a carrier's constant must not amplify what it carries.
+                usable = np.where(strength >= _WEAKEST, serves[classes] + strength / 2, 0)
+                best = int(np.argmax(usable))
+                solution.need(classes[best : best + 1])
+        solution.settle()
+
+
+def _without_carrier(solution: Solution, layers: list[Layer]) -> Iterator[tuple[Layer, slice, Integers, Floats]]:
+    """Groups of inputs that lose constants and have no carrier: their classes, and constants relative to the largest lost."""
+    for layer in layers:
+        if layer.read.uniform:
+            continue
+        lost = lost_constants(solution, layer)
+        if not lost.any():
+            continue
+        for group in input_groups(layer):
+            if lost[group].any() and carrier(solution, layer, group) is None:
+                size = np.where(lost[group], np.abs(np.nan_to_num(layer.constant[group])), 0)
+                yield layer, group, layer.into[group], size / size.max()

@@ -53,6 +53,7 @@ class PruningReport:
         multiple: the step that widths were rounded up to.
         difference: largest difference of an output in float64 between the model before and after, relative to that output's
             largest value; None where it was not compared yet.
+        operations_nonzero: of the multiply-adds before, those by weights other than zero.
     """
 
     layers: tuple[LayerWidths, ...]
@@ -65,6 +66,26 @@ class PruningReport:
     refused: tuple[str, ...]
     multiple: int
     difference: float | None = None
+    operations_nonzero: int = 0
+
+    @property
+    def density_bound(self) -> float:
+        """The speed-up if multiplying by zero cost nothing: multiply-adds over those by weights other than zero.
+
+        The estimate of Dettmers and Zettlemoyer ("Sparse Networks from Scratch", 2019) for sparse convolutions.
+        """
+        return _ratio(self.operations, self.operations_nonzero)
+
+    @property
+    def empty_bound(self) -> float:
+        """The speed-up if each layer took time in proportion to its outputs that are not empty; their estimate for dense
+        convolutions."""
+        return _ratio(self.operations, sum(row.operations * (1 - row.empty / row.outputs) for row in self.layers if row.outputs))
+
+    @property
+    def operations_bound(self) -> float:
+        """Multiply-adds before over those after."""
+        return _ratio(self.operations, self.operations_after)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -130,6 +151,10 @@ class PruningReport:
 
 def _change(before: int, after: int) -> str:
     return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
+
+
+def _ratio(before: float, after: float) -> float:
+    return before / after if after else 1.0
 
 
 def _share(before: int, after: int) -> str:

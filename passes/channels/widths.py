@@ -13,16 +13,6 @@ from sparsefx.patterns import NOfM, Transposable
 from sparsefx.sparse_parameter import records_of
 
 
-def machine_multiple(device: torch.device) -> int:
-    """The step in which widths pay: what a vector register holds of float32, or a Tensor Core's tile.
-
-    Measured with oneDNN and onnxruntime on AVX-512, times fall at multiples of 16 and hardly in between.
-    """
-    if device.type == "cuda":
-        return 16
-    return {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 8)
-
-
 def round_widths(solution: Solution, layers: list[Layer], multiple: int) -> None:
     """Keep as many dead outputs of each layer as the next multiple has room for, where the layer has that many.
 

@@ -342,6 +342,35 @@ def test_auxiliary_heads_of_training_are_cut_too() -> None:
     torch.testing.assert_close(small.train()(x), model.train()(x))
 
 
+class _HeadThatLooks(nn.Module):
+    """In train mode an auxiliary head runs where values say so, which cannot be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.auxiliary = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.first(x).relu()
+        made: Tensor = self.last(self.second(read).relu())
+        if self.training and bool((read >= 0).all()):
+            made = made + self.auxiliary(read)
+        return made
+
+
+def test_heads_of_training_that_cannot_be_captured_stay_whole_and_are_told() -> None:
+    model = _HeadThatLooks().eval()
+    _empty(model.first.weight, 0, 1, 2)
+    _empty(model.second.weight, 0, 1, 2)
+    pruned, plan = _pruned(model, torch.randn(IMAGE))
+    assert _widths(pruned)["second.weight"] == (5, 8, 1, 1)
+    assert len(plan.report.refused) == 2
+    assert "auxiliary: eval mode does not run it, and the model cannot be captured in train mode" in plan.report.refused[0]
+    assert "outputs of first.weight" in plan.report.refused[1]
+    x = torch.randn(IMAGE)
+    torch.testing.assert_close(pruned.train()(x), model.train()(x))
+
+
 def test_nothing_is_left_without_channels() -> None:
     model = _filled(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1)))
     _empty(model[0].weight, *range(6))  # type: ignore[arg-type]

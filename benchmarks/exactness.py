@@ -27,8 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.sweep import prepare_path, result_path, sweep, write_json, write_text
 
-_CONFIRMED = 1e-6
-"""Largest difference of the model with noise in all that the oracle would remove; parts of some models compute in float32."""
 _PLACE = re.compile(r" \([\w.]*\)$")
 _ORACLE_SECONDS = "SPARSEFX_ORACLE_SECONDS"  # for the processes of the models
 
@@ -113,21 +111,25 @@ def page(results: list[dict[str, Any]]) -> str:
 
 def share(result: dict[str, Any]) -> float | None:
     """Weights that pruning removed over those that the oracle would, 1 where there are none; None where it was not done."""
+    from benchmarks.oracle import CONFIRMED
+
     found = [part["oracle"] for part in result["parts"]]
-    if not found or any("told" in oracle or oracle["difference"] > _CONFIRMED for oracle in found):
+    if not found or any("told" in oracle or oracle["difference"] > CONFIRMED for oracle in found):
         return None
     removed, removable = (sum(oracle[key] for oracle in found) for key in ("removed", "removable"))
     return removed / removable if removable else 1.0
 
 
 def _told_share(result: dict[str, Any]) -> str:
+    from benchmarks.oracle import CONFIRMED
+
     found = share(result)
     if found is not None:
         return f"{found:.1%}"
     told = {
         str(part["oracle"].get("told") or f"not confirmed, {part['oracle']['difference']:.0e}")
         for part in result["parts"]
-        if "told" in part["oracle"] or part["oracle"]["difference"] > _CONFIRMED
+        if "told" in part["oracle"] or part["oracle"]["difference"] > CONFIRMED
     }
     return "; ".join(sorted(told)) or "-"
 

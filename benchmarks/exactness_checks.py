@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers.pytorch_utils import Conv1D
 
 import sparsefx
 from benchmarks.coverage_checks import prepared
@@ -24,7 +25,7 @@ from sparsefx.passes.lower_parts import recorded_calls
 
 BARS = {"float32": 1e-5, "float64": 1e-10}
 """Largest difference of an output, relative to that output's largest value."""
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, Conv1D)
 _NORMS = nn.modules.batchnorm._BatchNorm
 
 
@@ -77,11 +78,11 @@ def damage(model: nn.Module, generator: torch.Generator) -> None:
                     uniform(tensor, low, high)
             elif isinstance(module, _LAYERS) and type(module.weight) is nn.Parameter:
                 uniform(module.bias, -0.2, 0.2)
-                transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-                outputs = module.weight.shape[1 if transposed else 0]
+                axis = 1 if isinstance(module, (nn.modules.conv._ConvTransposeNd, Conv1D)) else 0
+                outputs = module.weight.shape[axis]
                 empty = torch.randperm(outputs, generator=generator)[: outputs // 2]
                 if torch.rand((), generator=generator) < 0.5:
-                    module.weight.index_fill_(1 if transposed else 0, empty, 0)
+                    module.weight.index_fill_(axis, empty, 0)
 
 
 def _plans(model: nn.Module, call: Any) -> Iterator[tuple[str, nn.Module, Any, ChannelPlan]]:
@@ -143,6 +144,7 @@ def _compared(model: nn.Module, inputs: Any, others: Any, plan: ChannelPlan, sec
         "weights": sum(model.get_parameter(name).numel() for name in verdict.removable),
         "missed": [f"{name}: {count}" for count, name in sorted(missed, reverse=True)[:8]],
         "difference": verdict.difference,
+        "confirmed": verdict.confirmed,
         "runs": verdict.runs,
         "seconds": round(time.process_time() - start, 1),
     }

@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.oracle_replay import Call, Product, Ranges, Recording, TooLarge, run
 
+CONFIRMED = 1e-6
+"""Largest difference of outputs that is none; parts of some models compute in float32."""
 Probe = Generator[Tensor, Tensor, None]
 """Yields rows to disturb (bool [K]), is sent what they reach (bool [targets])."""
 
@@ -45,7 +47,8 @@ class Verdict:
         rows, columns: by weight, which output and input channels can go; bool, shapes [K] and [groups * C].
         groups: of each weight, more than 1 for grouped convolutions.
         removable: values of each weight that go with them.
-        difference: of the outputs with all these channels filled with noise, relative to each output's largest value.
+        difference: of the outputs with these channels filled with noise, relative to each output's largest value.
+        confirmed: which of them were.
         runs: how often the model was run.
     """
 
@@ -54,6 +57,7 @@ class Verdict:
     groups: dict[str, int]
     removable: dict[str, int]
     difference: float
+    confirmed: str
     runs: int
 
 
@@ -104,8 +108,14 @@ class Oracle:
         rows = {name: ~needed[self._parent[part.start : part.stop]] for name, part in self._rows.items()}
         columns = {name: ~needed[self._parent[part.start : part.stop]] for name, part in self._targets.items()}
         difference = self._difference(rows, columns, constant)
+        confirmed = "all"
+        if difference > CONFIRMED:
+            # Two constants that are multiplied, say zero by zero in attention, go well but give noise by noise.
+            still = {name: constant[part.start : part.stop] for name, part in self._rows.items()}
+            difference = self._difference({name: rows[name] & ~still[name] for name in rows}, columns, constant)
+            confirmed = "what is no constant"
         removable = {name: self._removable(name, rows[name], columns[name]) for name in rows}
-        return Verdict(rows, columns, {n: p.groups for n, p in self._of.items()}, removable, difference, self._runs)
+        return Verdict(rows, columns, {n: p.groups for n, p in self._of.items()}, removable, difference, confirmed, self._runs)
 
     # What reaches what.
 
@@ -377,4 +387,4 @@ def _double(call: Call) -> Call:
     return made
 
 
-__all__ = ["Oracle", "TooLarge", "Verdict"]
+__all__ = ["CONFIRMED", "Oracle", "TooLarge", "Verdict"]

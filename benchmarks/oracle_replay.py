@@ -53,8 +53,14 @@ class _Mode(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, handle: Callable[[int, Product, Any, tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
         super().__init__()
+        # Recurrent layers are one op each: a product of every step is not what is cut.
+        steps = {
+            id(parameter) for module in model.modules() if isinstance(module, nn.RNNBase) for parameter in module.parameters()
+        }
         self._parameters = {
-            parameter.untyped_storage().data_ptr(): (name, parameter) for name, parameter in model.named_parameters()
+            parameter.untyped_storage().data_ptr(): (name, parameter)
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in steps
         }
         self._handle = handle
         self._count = 0

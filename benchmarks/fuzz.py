@@ -73,6 +73,8 @@ def main() -> int:
         before, after = before + plan.report.parameters, after + parameters
         smaller += not plan.empty
         kept_whole += bool(plan.report.refused)
+        if (seed + 1 - options.seed) % 500 == 0:
+            print(f"{seed + 1 - options.seed} networks: {wrong} wrong, largest difference {worst:.1e}", flush=True)
     seconds = time.perf_counter() - started
     print(f"{options.networks} networks in {seconds:.0f} s: {wrong} wrong, largest difference {worst:.1e}")
     print(

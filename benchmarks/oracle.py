@@ -5,9 +5,9 @@ before, so that a disturbance shows which inputs of which layers, and which outp
 only go together. Where it reaches zero weights only, or where a channel is a constant, it can go. In the end all channels that
 can go are filled with noise at once, constants put in where they are read, and the outputs have to be as they were.
 
-What it does not know: that code holds numbers of channels (heads of equal size), and that one constant channel has to stay for a
-padded convolution. So it is an upper bound. Where three channels of a layer (of a part of it) reach all that the whole reaches,
-the others are taken to do so too: that is its sampling.
+Groups of a convolution stay equally large. What it does not know: that code holds numbers of channels (heads of equal size), and
+that one constant channel has to stay for a padded convolution. So it is an upper bound. Where three channels of a layer (of a
+part of it) reach all that the whole reaches, the others are taken to do so too: that is its sampling.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class Oracle:
             still = {name: constant[part.start : part.stop] for name, part in self._rows.items()}
             difference = self._difference({name: rows[name] & ~still[name] for name in rows}, columns, constant)
             confirmed = "what is no constant"
-        removable = {name: self._removable(name, rows[name], columns[name]) for name in rows}
+        stays = self._filled(needed)
+        removable = {name: self._removable(name, stays) for name in rows}
         return Verdict(rows, columns, {n: p.groups for n, p in self._of.items()}, removable, difference, confirmed, self._runs)
 
     # What reaches what.
@@ -321,16 +322,42 @@ class Oracle:
             if torch.equal(before, needed):
                 return needed
 
-    def _removable(self, name: str, rows: Tensor, columns: Tensor) -> int:
-        """Values of a weight that go with its rows and columns; groups of a convolution stay equally large."""
+    def _filled(self, needed: Tensor) -> Tensor:
+        """Which classes stay so that groups of convolutions are equally large: some that could go fill up the smaller ones."""
+        stays = needed.clone()
+        while True:
+            before = stays.clone()
+            for name, product in self._of.items():
+                if product.groups == 1 or self._is_depthwise(product):
+                    continue
+                sides = [
+                    self._parent[part.start : part.stop].view(product.groups, -1)
+                    for part in (self._rows[name], self._targets[name])
+                ]
+                alive = (stays[sides[0]].any(1) | stays[sides[1]].any(1)).nonzero().flatten()
+                for side in sides:
+                    wanted = max(1, int(stays[side].sum(1).max()))
+                    for group in alive:
+                        for root in side[group]:
+                            if int(stays[side[group]].sum()) >= wanted:
+                                break
+                            stays[root] = True
+            if torch.equal(before, stays):
+                return stays
+
+    def _removable(self, name: str, stays: Tensor) -> int:
+        """Values of a weight that go with its rows and columns; something of each stays."""
         weight, product = self._weights[name], self._of[name]
+        rows, columns = (
+            stays[self._parent[part.start : part.stop]].view(product.groups, -1)
+            for part in (self._rows[name], self._targets[name])
+        )
         if self._is_depthwise(product):
-            return int(weight.numel() // len(rows) * min(int(rows.sum()), len(rows) - 1))
-        height = (~rows).view(product.groups, -1).sum(1)
-        width = (~columns).view(product.groups, -1).sum(1)
-        groups = max(1, int(((height > 0) | (width > 0)).sum()))
-        left = groups * max(1, int(height.max())) * max(1, int(width.max()))
-        return weight.numel() - left * (weight.numel() // (len(rows) * weight.shape[product.in_axis]))
+            left = max(1, int(rows.sum()))
+        else:
+            groups = max(1, int((rows.any(1) | columns.any(1)).sum()))
+            left = groups * max(1, int(rows.sum(1).max())) * max(1, int(columns.sum(1).max()))
+        return weight.numel() - left * (weight.numel() // (rows.numel() * weight.shape[product.in_axis]))
 
     def _difference(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], constant: Tensor) -> float:
         """Fill what can go with noise, constants put in where they are read."""

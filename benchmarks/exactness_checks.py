@@ -13,24 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers.pytorch_utils import Conv1D
 
 import sparsefx
 from benchmarks.coverage_checks import prepared
+from benchmarks.oracle import Oracle, TooLarge
 from benchmarks.zoo import Case
+from sparsefx.errors import CaptureError
+from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.lower_parts import recorded_calls
 
 BARS = {"float32": 1e-5, "float64": 1e-10}
 """Largest difference of an output, relative to that output's largest value."""
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, Conv1D)
 _NORMS = nn.modules.batchnorm._BatchNorm
 
 
-def examine(case: Case) -> dict[str, Any]:
+def examine(case: Case, oracle_seconds: float) -> dict[str, Any]:
     """Prune one model, or its largest parts that torch.export takes. What fails is in the result; nothing is raised.
 
+    Args:
+        case: the model.
+        oracle_seconds: of the processor's time, after which a part is given up by the oracle.
+
     Returns:
-        ``parts``, each with ``errors`` by dtype, parameters before and after, ``removable`` (see `removable`), why channels had
-        to stay; ``ok`` where every error is within its bar.
+        ``parts``, each with ``errors`` by dtype, parameters before and after, what the ``oracle`` says, why channels had to
+        stay; ``ok`` where every error is within its bar.
     """
     start = time.perf_counter()
     result: dict[str, Any] = {"library": case.library, "name": case.name, "family": case.family, "parts": [], "ok": True}
@@ -41,9 +49,8 @@ def examine(case: Case) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         damage(model, generator)
         call = case.call()
-        for path, module, inputs in _parts(model, call):
-            found = _examine_part(module, inputs, generator)
-            result["parts"].append({"path": path, **found})
+        for path, module, inputs, plan in _plans(model, call):
+            result["parts"].append({"path": path, **_examine_part(module, inputs, plan, generator, oracle_seconds)})
     except Exception as error:  # whatever a model and torch can raise is the finding
         result.update(ok=False, problem=f"{type(error).__name__}: {error}", trace=traceback.format_exc(limit=-6))
     within = [part["errors"][name] <= bar for part in result["parts"] for name, bar in BARS.items()]
@@ -71,26 +78,22 @@ def damage(model: nn.Module, generator: torch.Generator) -> None:
                     uniform(tensor, low, high)
             elif isinstance(module, _LAYERS) and type(module.weight) is nn.Parameter:
                 uniform(module.bias, -0.2, 0.2)
-                transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-                outputs = module.weight.shape[1 if transposed else 0]
+                axis = 1 if isinstance(module, (nn.modules.conv._ConvTransposeNd, Conv1D)) else 0
+                outputs = module.weight.shape[axis]
                 empty = torch.randperm(outputs, generator=generator)[: outputs // 2]
                 if torch.rand((), generator=generator) < 0.5:
-                    module.weight.index_fill_(1 if transposed else 0, empty, 0)
+                    module.weight.index_fill_(axis, empty, 0)
 
 
-def _parts(model: nn.Module, call: Any) -> Iterator[tuple[str, nn.Module, Any]]:
-    """The whole model, or the largest submodules that torch.export takes, with what they are given."""
+def _plans(model: nn.Module, call: Any) -> Iterator[tuple[str, nn.Module, Any, ChannelPlan]]:
+    """The whole model, or the largest submodules that torch.export takes, with what they are given and their plans."""
     calls = None
     pending = [("", model, call)]
     while pending:
         path, module, inputs = pending.pop()
         try:
-            torch.export.export(module, *inputs, strict=False)
-            yield path, module, inputs
-        except Exception:  # export may raise anything
-            if path == "" and getattr(getattr(model, "config", None), "use_cache", False):
-                yield path, module, inputs  # the library leaves caches out itself
-                return
+            yield path, module, inputs, sparsefx.channel_plan(module, inputs, multiple=1)
+        except CaptureError:
             calls = recorded_calls(model, call) if calls is None else calls
             for name, child in reversed(list(module.named_children())):
                 full = f"{path}.{name}" if path else name
@@ -98,69 +101,53 @@ def _parts(model: nn.Module, call: Any) -> Iterator[tuple[str, nn.Module, Any]]:
                     pending.append((full, child, calls[full]))
 
 
-def _examine_part(model: nn.Module, inputs: Any, generator: torch.Generator) -> dict[str, Any]:
-    start = time.perf_counter()
-    plan = sparsefx.channel_plan(model, inputs, multiple=1)
-    seconds = time.perf_counter() - start
+def _examine_part(
+    model: nn.Module, inputs: Any, plan: ChannelPlan, generator: torch.Generator, oracle_seconds: float
+) -> dict[str, Any]:
     others = _like(inputs, generator)
     errors = {}
     for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
         whole = copy.deepcopy(model).to(dtype)
         pruned = sparsefx.apply_channel_plan(whole, plan)
         errors[name] = _difference(_outputs(pruned, others, dtype), _outputs(whole, others, dtype))
+        del whole, pruned
     report = plan.report
-    possible = removable(model, inputs, generator)
     return {
         "errors": errors,
         "parameters": report.parameters,
         "removed": report.parameters - report.parameters_after,
-        "removable": possible,
         "operations": report.operations,
         "operations_after": report.operations_after,
         "pinned": sorted({row.pinned for row in report.layers if row.pinned and row.empty})[:20],
         "refused": list(report.refused),
-        "seconds_to_plan": round(seconds, 2),
+        "oracle": _compared(model, inputs, others, plan, oracle_seconds),
     }
 
 
-def removable(model: nn.Module, inputs: Any, generator: torch.Generator) -> int:
-    """An upper bound on the weights that any exact method can remove, by looking at values instead of at the graph.
-
-    A layer keeps the filters that are not zero, and of its inputs those that were seen to change between random inputs in
-    float64, or between places. No coupling, no reshape and no grouping is thought of, so that the bound cannot always be reached.
-    """
-    observed = copy.deepcopy(model).double()
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(name: str, axis: int, data: Tensor) -> None:
-        flat = data.detach().movedim(axis, 0).flatten(1)
-        low, high = flat.amin(1), flat.amax(1)
-        if name in seen:
-            low, high = torch.minimum(low, seen[name][0]), torch.maximum(high, seen[name][1])
-        seen[name] = (low, high)
-
-    for name, module in observed.named_modules():
-        if isinstance(module, _LAYERS):
-            axis = -1 if isinstance(module, nn.Linear) else -(len(module.kernel_size) + 1)
-            module.register_forward_pre_hook(lambda _, args, name=name, axis=axis: note(name, axis, args[0]))  # type: ignore[misc]
-    for _ in range(2):
-        _outputs(observed, _like(inputs, generator), torch.float64)
-    total = 0
-    for name, module in observed.named_modules():
-        if not isinstance(module, _LAYERS):
-            continue
-        if name not in seen:
-            total += module.weight.numel()  # no output reads it in eval mode
-            continue
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        weight = module.weight.detach()
-        out_axis = 1 if transposed else 0
-        alive_rows = weight.movedim(out_axis, 0).flatten(1).any(1)
-        low, high = seen[name]
-        alive_inputs = (high - low) > 1e-9 * high.abs().clamp_min(low.abs()).clamp_min(1e-30)
-        share = float(alive_rows.float().mean()) * float(alive_inputs.float().mean())
-        total += round(weight.numel() * (1 - share))
-    return total
+def _compared(model: nn.Module, inputs: Any, others: Any, plan: ChannelPlan, seconds: float) -> dict[str, Any]:
+    """What the oracle says of the weights that it saw, and how much of that the plan removes; ``told`` where it gave up."""
+    start = time.process_time()
+    try:
+        verdict = Oracle(model.eval(), (inputs, others), seconds).verdict()
+    except TooLarge as error:
+        return {"told": str(error)}
+    removed, missed = 0, []
+    for name, removable in verdict.removable.items():
+        weight, kept = model.get_parameter(name), plan.kept.get(name, {})
+        left = math.prod(kept[axis].shape[-1] if axis in kept else size for axis, size in enumerate(weight.shape))
+        removed += weight.numel() - left
+        if weight.numel() - left < removable:
+            missed.append((removable - weight.numel() + left, name))
+    return {
+        "removable": sum(verdict.removable.values()),
+        "removed": removed,
+        "weights": sum(model.get_parameter(name).numel() for name in verdict.removable),
+        "missed": [f"{name}: {count}" for count, name in sorted(missed, reverse=True)[:8]],
+        "difference": verdict.difference,
+        "confirmed": verdict.confirmed,
+        "runs": verdict.runs,
+        "seconds": round(time.process_time() - start, 1),
+    }
 
 
 def _like(inputs: Any, generator: torch.Generator) -> Any:
@@ -203,4 +190,4 @@ def _difference(first: list[Tensor], second: list[Tensor]) -> float:
     return worst
 
 
-__all__ = ["BARS", "damage", "examine", "removable"]
+__all__ = ["BARS", "damage", "examine"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparsefx.errors import VerificationError
+from sparsefx.errors import CaptureError, VerificationError
 from sparsefx.machine import machine_multiple
 from sparsefx.passes.channels.build import build_plan
 from sparsefx.passes.channels.carriers import choose_carriers
@@ -21,7 +21,7 @@ from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.channels.propagation import Propagation
 from sparsefx.passes.channels.solve import Solution
 from sparsefx.passes.channels.surgery import cut
-from sparsefx.passes.channels.trial import Failure, ShapeTrial, ValueTrial
+from sparsefx.passes.channels.trial import Failure, ShapeTrial, ValueTrial, runs_in
 from sparsefx.passes.channels.widths import holds, keep_groups, pattern_of, round_widths
 from sparsefx.passes.propagate_channels import propagate_channels
 
@@ -74,25 +74,29 @@ class ChannelPlanner:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self._multiple = machine_multiple(device) if multiple == "auto" else int(multiple)
         progress("following channels")
+        self._told: dict[str, str] = {}
         graphs = self._graphs(trains)
         self._modes = tuple(graph.training for graph in graphs)
+        if self._told and runs_in(model, self._arguments, training=True):
+            self._modes = (False, True)
         self._propagation: Propagation = propagate_channels(model, graphs)
         self._roots = self._propagation.labels.roots()
         self._layers: list[Layer] = merge_reads(model, self._propagation, self._roots, trains=trains)
         self._patterns = [(layer, pattern) for layer in self._layers if (pattern := pattern_of(model, layer)) is not None]
         self._whole: list[_Group] = []
-        self._told: dict[str, str] = {}
 
     def _graphs(self, trains: bool) -> list[ChannelGraph]:
         graphs = [capture_channels(self._model, *self._arguments)]
         read = graphs[0].read()
         # Auxiliary heads run in train mode only; without them the result could not be trained.
-        if trains or any(name not in read for name, _ in self._model.named_parameters()):
+        unread = [name for name, _ in self._model.named_parameters() if name not in read]
+        if trains or unread:
             try:
                 graphs.append(capture_channels(self._model, *self._arguments, training=True))
-            except Exception:
+            except CaptureError as error:
                 if trains:
                     raise
+                self._told["train mode"] = _unread_told(unread, error)
         return graphs
 
     def plan(self) -> ChannelPlan:
@@ -231,3 +235,13 @@ class ChannelPlanner:
             if both and not holds(left, read.out_axis, n, m):
                 changed |= keep_groups(solution, layer.out, m)
         return changed
+
+
+def _unread_told(unread: Sequence[str], error: CaptureError) -> str:
+    """Which layers eval mode does not run, and that train mode could not be followed to cut them along."""
+    owners = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unread))
+    shown = ", ".join(owners[:3]) + (f" and {len(owners) - 3} more" if len(owners) > 3 else "")
+    return (
+        f"{shown}: eval mode does not run it, and the model cannot be captured in train mode to cut it along "
+        f"({str(error.__cause__ or error).strip().splitlines()[0][:160]})"
+    )

@@ -16,6 +16,7 @@ from sparsefx.passes.channel_rules import (
     recurrent,
     reductions,
     selection,
+    windows,
 )
 from sparsefx.passes.channels.propagation import Rule
 
@@ -30,5 +31,6 @@ RULES: dict[str, Rule] = {
     **reductions.RULES,
     **attention.RULES,
     **recurrent.RULES,
+    **windows.RULES,
 }
 """Rules by the name of the op without overload; an in-place op has the rule of its plain form."""

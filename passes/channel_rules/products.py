@@ -11,11 +11,12 @@ from torch import Tensor, fx
 
 from sparsefx.passes.channel_rules import contraction
 from sparsefx.passes.channel_rules.contraction import contract
+from sparsefx.passes.channel_rules.elementwise import meet
 from sparsefx.passes.channels.facts import Read
 from sparsefx.passes.channels.graph import module_path, op_name
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
-from sparsefx.passes.channels.value import Floats, Value, Weight, along, constant_along
+from sparsefx.passes.channels.value import Floats, Value, Weight, along, constant_along, nothing_known
 
 _ROWS = 256
 
@@ -55,6 +56,19 @@ def matmul(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -
         (f"{batch}ik", f"{batch}kj"),
         f"{batch}ij",
     )
+
+
+def baddbmm(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
+    """``beta * self + alpha * batch1 @ batch2``."""
+    operands = (propagation.value(arguments["batch1"]), propagation.value(arguments["batch2"]))
+    product = contract(propagation, node, operands, ("aik", "akj"), "aij")
+    if arguments["beta"] == 0:
+        return product
+    added = propagation.value(arguments["self"])
+    labels = meet(propagation, node, [product, added])
+    if labels is None:
+        return propagation.refuse(node, "meets channels along different axes")
+    return propagation.compressed(Value(shape_of(node), labels, nothing_known(3)))
 
 
 def _product(propagation: Propagation, node: fx.Node, value: Value, weight: Weight, bias: Any) -> Any:
@@ -178,6 +192,7 @@ RULES: dict[str, Rule] = {
     "linear": linear,
     "addmm": addmm,
     **dict.fromkeys(("matmul", "mm", "bmm"), matmul),
+    "baddbmm": baddbmm,
     "embedding": embedding,
     **contraction.RULES,
 }

@@ -73,6 +73,21 @@ def split(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) ->
     return tuple(take(value, axis, slice(end - size, end)) for size, end in zip(sizes, ends.tolist(), strict=True))
 
 
+def glu(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
+    """The first half of an axis times the sigmoid of the second: equally many channels stay of both."""
+    value = propagation.value(arguments["self"])
+    axis = arguments["dim"] % len(value.shape)
+    half = value.shape[axis] // 2
+    left, gate = take(value, axis, slice(0, half)), take(value, axis, slice(half, 2 * half))
+    if value.labels.shape[axis] > 1:
+        propagation.facts.views.append((module_path(node), value.labels))
+    labels = meet(propagation, node, [left, gate])
+    if labels is None:
+        return propagation.refuse(node, "meets channels along different axes")
+    made = left.constant / (1 + np.exp(-gate.constant))
+    return propagation.compressed(Value(shape_of(node), labels, shrunk(np.where(left.constant == 0, 0.0, made))))
+
+
 def unbind(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """Every index of an axis, one by one."""
     value = propagation.value(arguments["self"])
@@ -206,6 +221,7 @@ RULES: dict[str, Rule] = {
     "select": select,
     **dict.fromkeys(("slice", "narrow"), slice_),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), split),
+    "glu": glu,
     "unbind": unbind,
     "getitem": getitem,
     **dict.fromkeys(("index", "index_select"), index),

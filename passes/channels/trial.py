@@ -42,6 +42,18 @@ def copy_with(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module
     return copy.deepcopy(model, memo)
 
 
+def runs_in(model: nn.Module, arguments: Arguments, *, training: bool) -> bool:
+    """Whether the model itself runs in a mode; on a copy, since train mode changes buffers."""
+    copied = copy_with(model, torch.clone).train(training)
+    args, kwargs = copies(*arguments)
+    try:
+        with unchanged(copied), torch.no_grad():
+            copied(*args, **kwargs)
+    except Exception:  # detectors want targets in train mode, and may raise anything without
+        return False
+    return True
+
+
 class ShapeTrial:
     """Runs plans on copies of a model without memory."""
 

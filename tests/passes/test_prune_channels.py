@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,66 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsefx
-from sparsefx.passes.channels.plan import ChannelPlan
-
-
-class Around(nn.Module):
-    """Layers by name, and a function of them as the forward."""
-
-    def __init__(self, function: Callable[..., Tensor], **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
-
-
-@torch.no_grad()
-def _filled(model: nn.Module) -> nn.Module:
-    """Statistics and biases that would show wherever they are lost."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 1.5)
-            if module.affine:
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_()
-    return model.eval()
-
-
-@torch.no_grad()
-def _empty(weight: Tensor, *channels: int, axis: int = 0) -> None:
-    weight.movedim(axis, 0)[list(channels)] = 0
-
-
-def _pruned(model: nn.Module, x: Tensor, multiple: int = 1) -> tuple[nn.Module, ChannelPlan]:
-    """The pruned model, after it was compared with the given one in float64."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = sparsefx.channel_plan(model, x, multiple=multiple)
-    small = sparsefx.apply_channel_plan(model, plan)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    wide, narrow = copy.deepcopy(model).double(), sparsefx.apply_channel_plan(copy.deepcopy(model).double(), plan)
-    with torch.no_grad():
-        expected, made = wide(x.double()), narrow(x.double())
-    torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-12)
-    assert type(small) is type(model)
-    return small, plan
-
-
-def _widths(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-IMAGE = (2, 3, 8, 8)
+from tests.channel_pruning import IMAGE, Around, empty, filled, pruned, widths
 
 
 @pytest.mark.parametrize(
     "function", [F.relu, torch.sigmoid, F.softplus, F.hardsigmoid, F.gelu, torch.cos, lambda x: x + 3, lambda x: 1 - x * 2]
 )
 def test_constants_go_through_functions_into_the_next_bias(function: Callable[[Tensor], Tensor]) -> None:
-    model = _filled(
+    model = filled(
         nn.Sequential(
             nn.Conv2d(3, 6, 3, padding=1),
             nn.BatchNorm2d(6),
@@ -79,64 +26,62 @@ def test_constants_go_through_functions_into_the_next_bias(function: Callable[[T
             nn.Conv2d(4, 2, 3),
         )
     )
-    _empty(model[0].weight, 1, 4)  # type: ignore[arg-type]
-    small, plan = _pruned(model, torch.randn(IMAGE))
-    assert _widths(small)["0.weight"] == (4, 3, 3, 3)
-    assert _widths(small)["3.weight"] == (4, 4, 1, 1)
+    empty(model[0].weight, 1, 4)  # type: ignore[arg-type]
+    small, plan = pruned(model, torch.randn(IMAGE))
+    assert widths(small)["0.weight"] == (4, 3, 3, 3)
+    assert widths(small)["3.weight"] == (4, 4, 1, 1)
     assert list(plan.report.moved) == ["3.bias"]
     assert small[0].out_channels == 4  # type: ignore[index]
     assert small[1].num_features == 4  # type: ignore[index]
 
 
 def test_behind_padding_constants_ride_on_one_channel() -> None:
-    model = _filled(
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.Conv2d(4, 2, 1))
-    )
-    _empty(model[0].weight, 0, 2, 5, 7)  # type: ignore[arg-type]
-    small, plan = _pruned(model, torch.randn(IMAGE))
-    assert _widths(small)["0.weight"] == (5, 3, 3, 3), "four live filters and one carrier"
+    model = filled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.Conv2d(4, 2, 1)))
+    empty(model[0].weight, 0, 2, 5, 7)  # type: ignore[arg-type]
+    small, plan = pruned(model, torch.randn(IMAGE))
+    assert widths(small)["0.weight"] == (5, 3, 3, 3), "four live filters and one carrier"
     assert list(plan.report.moved) == ["2.weight"]
     assert not plan.new_biases
 
 
 def test_behind_padding_zeros_just_go() -> None:
-    model = _filled(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(4, 2, 1)))
-    _empty(model[0].weight, 0, 2, 5, 7)  # type: ignore[arg-type]
-    small, plan = _pruned(model, torch.randn(IMAGE))
-    assert _widths(small)["0.weight"] == (4, 3, 3, 3)
+    model = filled(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(4, 2, 1)))
+    empty(model[0].weight, 0, 2, 5, 7)  # type: ignore[arg-type]
+    small, plan = pruned(model, torch.randn(IMAGE))
+    assert widths(small)["0.weight"] == (4, 3, 3, 3)
     assert not plan.moved
 
 
 def test_a_missing_bias_is_added_or_the_running_mean_takes_it() -> None:
-    plain = _filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1)))
-    _empty(plain[0].weight, 1)  # type: ignore[arg-type]
-    small, plan = _pruned(plain, torch.randn(IMAGE))
+    plain = filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    empty(plain[0].weight, 1)  # type: ignore[arg-type]
+    small, plan = pruned(plain, torch.randn(IMAGE))
     assert dict(plan.new_biases) == {"1.bias": 4}
     assert small[1].bias is not None  # type: ignore[index]
-    normed = _filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)))
-    _empty(normed[0].weight, 1)  # type: ignore[arg-type]
-    small, plan = _pruned(normed, torch.randn(IMAGE))
+    normed = filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)))
+    empty(normed[0].weight, 1)  # type: ignore[arg-type]
+    small, plan = pruned(normed, torch.randn(IMAGE))
     assert not plan.new_biases
     assert list(plan.report.moved) == ["2.running_mean"]
 
 
 def test_a_channel_that_nobody_reads_goes_whatever_it_is() -> None:
-    model = _filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 2, 1)))
-    _empty(model[2].weight, 0, 3, axis=1)  # type: ignore[arg-type]
-    _empty(model[3].weight, 2, axis=1)  # type: ignore[arg-type]
-    small, _ = _pruned(model, torch.randn(IMAGE))
-    assert _widths(small)["0.weight"][0] == 4
-    assert _widths(small)["2.weight"][:2] == (3, 4)
+    model = filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 2, 1)))
+    empty(model[2].weight, 0, 3, axis=1)  # type: ignore[arg-type]
+    empty(model[3].weight, 2, axis=1)  # type: ignore[arg-type]
+    small, _ = pruned(model, torch.randn(IMAGE))
+    assert widths(small)["0.weight"][0] == 4
+    assert widths(small)["2.weight"][:2] == (3, 4)
 
 
 def test_a_chain_of_dead_layers_goes_from_its_end() -> None:
-    model = _filled(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(6))))
-    _empty(model[5].weight, 1, axis=1)  # type: ignore[arg-type]
+    model = filled(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(6))))
+    empty(model[5].weight, 1, axis=1)  # type: ignore[arg-type]
     for number in range(1, 5):
         weight = model[number].weight
         with torch.no_grad():
             weight.copy_(torch.eye(4)[:, :, None, None])  # type: ignore[operator]
-    small, _ = _pruned(model, torch.randn(2, 4, 5, 5))
+    small, _ = pruned(model, torch.randn(2, 4, 5, 5))
     assert [small[number].weight.shape[0] for number in range(6)] == [3, 3, 3, 3, 3, 4]  # type: ignore[index]
 
 
@@ -147,11 +92,11 @@ def test_residual_channels_go_together_or_not_at_all() -> None:
         branch=nn.Conv2d(6, 6, 1),
         head=nn.Conv2d(6, 2, 1),
     )
-    _filled(model)
-    _empty(model.stem.weight, 0, 1, 2)  # type: ignore[arg-type, union-attr]
-    _empty(model.branch.weight, 1, 2, 3)  # type: ignore[arg-type, union-attr]
-    small, _ = _pruned(model, torch.randn(IMAGE))
-    assert _widths(small)["stem.weight"] == (4, 3, 1, 1), "channels 1 and 2 are constant in both, and only they"
+    filled(model)
+    empty(model.stem.weight, 0, 1, 2)  # type: ignore[arg-type, union-attr]
+    empty(model.branch.weight, 1, 2, 3)  # type: ignore[arg-type, union-attr]
+    small, _ = pruned(model, torch.randn(IMAGE))
+    assert widths(small)["stem.weight"] == (4, 3, 1, 1), "channels 1 and 2 are constant in both, and only they"
 
 
 def test_zero_annihilates_in_products() -> None:
@@ -161,10 +106,10 @@ def test_zero_annihilates_in_products() -> None:
         right=nn.Conv2d(3, 6, 1),
         head=nn.Conv2d(6, 2, 3, padding=1),
     )
-    _filled(model)
-    _empty(model.left.weight, 0, 5)  # type: ignore[arg-type, union-attr]
-    small, _ = _pruned(model, torch.randn(IMAGE))
-    assert _widths(small)["right.weight"][0] == 4
+    filled(model)
+    empty(model.left.weight, 0, 5)  # type: ignore[arg-type, union-attr]
+    small, _ = pruned(model, torch.randn(IMAGE))
+    assert widths(small)["right.weight"][0] == 4
 
 
 def test_concatenation_and_split_follow_indices() -> None:
@@ -174,23 +119,23 @@ def test_concatenation_and_split_follow_indices() -> None:
         return m.head(torch.cat((second, first), 1))  # type: ignore[operator, no-any-return]
 
     model = Around(run, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(3, 5, 1), head=nn.Conv2d(12, 2, 1))
-    _filled(model)
-    _empty(model.b.weight, 0, 4)  # type: ignore[arg-type, union-attr]
-    small, _ = _pruned(model, torch.randn(IMAGE))
-    assert _widths(small)["b.weight"][0] == 3
-    assert _widths(small)["head.weight"][1] == 10
+    filled(model)
+    empty(model.b.weight, 0, 4)  # type: ignore[arg-type, union-attr]
+    small, _ = pruned(model, torch.randn(IMAGE))
+    assert widths(small)["b.weight"][0] == 3
+    assert widths(small)["head.weight"][1] == 10
 
 
 def test_flatten_removes_every_place_of_a_channel() -> None:
-    model = _filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4), nn.Linear(4, 2)))
-    _empty(model[0].weight, 2, 3)  # type: ignore[arg-type]
-    small, plan = _pruned(model, torch.randn(IMAGE))
+    model = filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4), nn.Linear(4, 2)))
+    empty(model[0].weight, 2, 3)  # type: ignore[arg-type]
+    small, plan = pruned(model, torch.randn(IMAGE))
     assert small[3].in_features == 4 * 36  # type: ignore[index]
     assert plan.kept["3.weight"][1][36 * 2].item() == 36 * 4
 
 
 def test_depthwise_and_grouped_convolutions() -> None:
-    model = _filled(
+    model = filled(
         nn.Sequential(
             nn.Conv2d(3, 8, 1, bias=False),
             nn.Conv2d(8, 8, 3, groups=8, bias=False),
@@ -198,23 +143,23 @@ def test_depthwise_and_grouped_convolutions() -> None:
             nn.Conv2d(12, 4, 1),
         )
     )
-    _empty(model[0].weight, 2, 3)  # type: ignore[arg-type]
-    _empty(model[2].weight, 3, 4, 5)  # type: ignore[arg-type]
-    _empty(model[2].weight, 0, 7, 11)  # type: ignore[arg-type]
-    small, _ = _pruned(model, torch.randn(IMAGE))
+    empty(model[0].weight, 2, 3)  # type: ignore[arg-type]
+    empty(model[2].weight, 3, 4, 5)  # type: ignore[arg-type]
+    empty(model[2].weight, 0, 7, 11)  # type: ignore[arg-type]
+    small, _ = pruned(model, torch.randn(IMAGE))
     assert small[1].groups == small[1].in_channels == small[1].out_channels == 6  # type: ignore[index]
     assert (small[2].groups, small[2].in_channels, small[2].out_channels) == (3, 6, 6)  # type: ignore[index]
 
 
 def test_group_norm_loses_whole_groups_only() -> None:
-    model = _filled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
-    _empty(model[0].weight, 0, 2, 3)  # type: ignore[arg-type]
-    small, _ = _pruned(model, torch.randn(IMAGE))
+    model = filled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+    empty(model[0].weight, 0, 2, 3)  # type: ignore[arg-type]
+    small, _ = pruned(model, torch.randn(IMAGE))
     assert (small[1].num_groups, small[1].num_channels) == (3, 6)  # type: ignore[index]
 
 
 def test_normalizations_without_parameters_know_their_new_width() -> None:
-    model = _filled(
+    model = filled(
         nn.Sequential(
             nn.Conv2d(3, 8, 1),
             nn.InstanceNorm2d(8),
@@ -223,25 +168,25 @@ def test_normalizations_without_parameters_know_their_new_width() -> None:
             nn.Conv2d(8, 2, 1),
         )
     )
-    _empty(model[0].weight, 0, 2, 3)  # type: ignore[arg-type]
-    small, _ = _pruned(model, torch.randn(IMAGE))
+    empty(model[0].weight, 0, 2, 3)  # type: ignore[arg-type]
+    small, _ = pruned(model, torch.randn(IMAGE))
     assert small[1].num_features == small[2].num_channels == small[3].num_features == 6  # type: ignore[index]
     assert small[2].num_groups == 3  # type: ignore[index]
 
 
 def test_layer_norm_pins_what_it_takes_statistics_over_and_says_so() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
-    _empty(model[0].weight, 1, 2)  # type: ignore[arg-type]
-    small, plan = _pruned(model.eval(), torch.randn(2, 8))
-    assert _widths(small) == _widths(model)
+    empty(model[0].weight, 1, 2)  # type: ignore[arg-type]
+    small, plan = pruned(model.eval(), torch.randn(2, 8))
+    assert widths(small) == widths(model)
     assert "layer_norm takes statistics over it" in plan.report.layers[0].pinned
 
 
 def test_an_op_without_a_rule_pins_what_it_touches_and_says_so() -> None:
-    model = _filled(nn.Sequential(nn.Conv2d(3, 6, 1), Around(lambda _, x: torch.special.i0e(x)), nn.Conv2d(6, 2, 1)))
-    _empty(model[0].weight, 1, 2)  # type: ignore[arg-type]
-    small, plan = _pruned(model, torch.randn(IMAGE))
-    assert _widths(small) == _widths(model)
+    model = filled(nn.Sequential(nn.Conv2d(3, 6, 1), Around(lambda _, x: torch.special.i0e(x)), nn.Conv2d(6, 2, 1)))
+    empty(model[0].weight, 1, 2)  # type: ignore[arg-type]
+    small, plan = pruned(model, torch.randn(IMAGE))
+    assert widths(small) == widths(model)
     assert "special_i0e has no rule" in plan.report.layers[0].pinned
 
 
@@ -251,11 +196,11 @@ def test_code_that_holds_a_number_keeps_its_channels_and_no_others() -> None:
         return m.head(m.second(features.flatten(1)))  # type: ignore[operator, no-any-return]
 
     model = Around(run, first=nn.Conv2d(3, 6, 1), second=nn.Linear(6 * 64, 5), head=nn.Linear(5, 2))
-    _empty(model.first.weight, 1)  # type: ignore[arg-type, union-attr]
-    _empty(model.second.weight, 0, 3)  # type: ignore[arg-type, union-attr]
-    small, plan = _pruned(model.eval(), torch.randn(IMAGE))
-    assert _widths(small)["first.weight"][0] == 6
-    assert _widths(small)["second.weight"][0] == 3
+    empty(model.first.weight, 1)  # type: ignore[arg-type, union-attr]
+    empty(model.second.weight, 0, 3)  # type: ignore[arg-type, union-attr]
+    small, plan = pruned(model.eval(), torch.randn(IMAGE))
+    assert widths(small)["first.weight"][0] == 6
+    assert widths(small)["second.weight"][0] == 3
     assert len(plan.report.refused) == 1
     assert "shape '[2, 6, 64]' is invalid" in plan.report.refused[0]
 
@@ -267,10 +212,10 @@ def test_a_layer_that_is_called_twice_is_cut_for_both_calls() -> None:
         twice=nn.Conv2d(6, 6, 1, bias=False),
         head=nn.Conv2d(6, 2, 1),
     )
-    _empty(model.stem.weight, 0, 1, 2)  # type: ignore[arg-type, union-attr]
-    _empty(model.twice.weight, 0, 1, 4)  # type: ignore[arg-type, union-attr]
-    small, _ = _pruned(model.eval(), torch.randn(IMAGE))
-    assert _widths(small)["twice.weight"] == (4, 4, 1, 1)
+    empty(model.stem.weight, 0, 1, 2)  # type: ignore[arg-type, union-attr]
+    empty(model.twice.weight, 0, 1, 4)  # type: ignore[arg-type, union-attr]
+    small, _ = pruned(model.eval(), torch.randn(IMAGE))
+    assert widths(small)["twice.weight"] == (4, 4, 1, 1)
 
 
 def test_a_bare_parameter_and_tied_weights_are_followed() -> None:
@@ -289,8 +234,8 @@ def test_a_bare_parameter_and_tied_weights_are_followed() -> None:
             return logits
 
     model = Tied().eval()
-    _empty(model.table.weight, 2, 5, axis=1)
-    _empty(model.inner, 0)
+    empty(model.table.weight, 2, 5, axis=1)
+    empty(model.inner, 0)
     tokens = torch.randint(0, 20, (2, 5))
     small = sparsefx.prune_channels(model, tokens, multiple=1)
     torch.testing.assert_close(small(tokens), model(tokens))
@@ -309,12 +254,12 @@ def _heads(m: nn.Module, x: Tensor) -> Tensor:
 def test_whole_heads_go(by: str) -> None:
     model = Around(_heads, q=nn.Linear(6, 12), k=nn.Linear(6, 12), v=nn.Linear(6, 12, bias=False), out=nn.Linear(12, 6))
     if by == "values":
-        _empty(model.v.weight, 4, 5, 6, 7)  # type: ignore[arg-type, union-attr]
+        empty(model.v.weight, 4, 5, 6, 7)  # type: ignore[arg-type, union-attr]
     else:
-        _empty(model.out.weight, 4, 5, 6, 7, axis=1)  # type: ignore[arg-type, union-attr]
-    _empty(model.q.weight, 0, 1)  # type: ignore[arg-type, union-attr]
-    small, _ = _pruned(model.eval(), torch.randn(2, 5, 6))
-    assert {name: shape[0] for name, shape in _widths(small).items() if name.endswith("weight")} == {
+        empty(model.out.weight, 4, 5, 6, 7, axis=1)  # type: ignore[arg-type, union-attr]
+    empty(model.q.weight, 0, 1)  # type: ignore[arg-type, union-attr]
+    small, _ = pruned(model.eval(), torch.randn(2, 5, 6))
+    assert {name: shape[0] for name, shape in widths(small).items() if name.endswith("weight")} == {
         "q.weight": 8,
         "k.weight": 8,
         "v.weight": 8,
@@ -335,26 +280,55 @@ def test_auxiliary_heads_of_training_are_cut_too() -> None:
             return self.head(features)  # type: ignore[no-any-return]
 
     model = Auxiliary().eval()
-    _empty(model.stem.weight, 1, 2)
+    empty(model.stem.weight, 1, 2)
     x = torch.randn(IMAGE)
-    small, _ = _pruned(model, x)
+    small, _ = pruned(model, x)
     assert small.side.in_channels == 4  # type: ignore[union-attr]
     torch.testing.assert_close(small.train()(x), model.train()(x))
 
 
+class _HeadThatLooks(nn.Module):
+    """In train mode an auxiliary head runs where values say so, which cannot be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.auxiliary = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.first(x).relu()
+        made: Tensor = self.last(self.second(read).relu())
+        if self.training and bool((read >= 0).all()):
+            made = made + self.auxiliary(read)
+        return made
+
+
+def test_heads_of_training_that_cannot_be_captured_stay_whole_and_are_told() -> None:
+    model = _HeadThatLooks().eval()
+    empty(model.first.weight, 0, 1, 2)
+    empty(model.second.weight, 0, 1, 2)
+    small, plan = pruned(model, torch.randn(IMAGE))
+    assert widths(small)["second.weight"] == (5, 8, 1, 1)
+    assert len(plan.report.refused) == 2
+    assert "auxiliary: eval mode does not run it, and the model cannot be captured in train mode" in plan.report.refused[0]
+    assert "outputs of first.weight" in plan.report.refused[1]
+    x = torch.randn(IMAGE)
+    torch.testing.assert_close(small.train()(x), model.train()(x))
+
+
 def test_nothing_is_left_without_channels() -> None:
-    model = _filled(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1)))
-    _empty(model[0].weight, *range(6))  # type: ignore[arg-type]
-    _empty(model[2].weight, *range(4))  # type: ignore[arg-type]
-    small, _ = _pruned(model, torch.randn(IMAGE))
+    model = filled(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1)))
+    empty(model[0].weight, *range(6))  # type: ignore[arg-type]
+    empty(model[2].weight, *range(4))  # type: ignore[arg-type]
+    small, _ = pruned(model, torch.randn(IMAGE))
     assert [small[number].weight.shape[0] for number in (0, 2, 3)] == [1, 1, 2]  # type: ignore[index]
 
 
 def test_a_model_without_empty_channels_stays_as_it_is() -> None:
-    model = _filled(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1)))
-    small, plan = _pruned(model, torch.randn(IMAGE))
+    model = filled(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1)))
+    small, plan = pruned(model, torch.randn(IMAGE))
     assert plan.empty
-    assert _widths(small) == _widths(model)
+    assert widths(small) == widths(model)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
@@ -365,8 +339,8 @@ def test_recurrent_layers_read_their_input_like_linear_ones(kind: type[nn.RNNBas
         cells=kind(8, 6, num_layers=2, bidirectional=True, batch_first=True),
         head=nn.Linear(12, 3),
     )
-    _empty(model.stem.weight, 1, 3, 6)  # type: ignore[arg-type, union-attr]
-    small, _ = _pruned(model.eval(), torch.randn(2, 4, 5))
+    empty(model.stem.weight, 1, 3, 6)  # type: ignore[arg-type, union-attr]
+    small, _ = pruned(model.eval(), torch.randn(2, 4, 5))
     assert small.cells.input_size == 5  # type: ignore[union-attr]
     assert small.cells.weight_ih_l0_reverse.shape == (24 if kind is nn.LSTM else 18, 5)  # type: ignore[union-attr]
 
@@ -378,10 +352,10 @@ def test_softmax_over_paths_keeps_them_and_lets_channels_go() -> None:
         b=nn.Conv2d(3, 6, 1, bias=False),
         head=nn.Conv2d(6, 2, 1),
     )
-    _empty(model.a.weight, 0, 1)  # type: ignore[arg-type, union-attr]
-    _empty(model.b.weight, 1, 2)  # type: ignore[arg-type, union-attr]
-    small, _ = _pruned(model.eval(), torch.randn(IMAGE))
-    assert _widths(small)["a.weight"][0] == 5
+    empty(model.a.weight, 0, 1)  # type: ignore[arg-type, union-attr]
+    empty(model.b.weight, 1, 2)  # type: ignore[arg-type, union-attr]
+    small, _ = pruned(model.eval(), torch.randn(IMAGE))
+    assert widths(small)["a.weight"][0] == 5
 
 
 def test_a_bias_of_positions_goes_with_its_head() -> None:
@@ -398,7 +372,7 @@ def test_a_bias_of_positions_goes_with_its_head() -> None:
             return made
 
     model = Biased().eval()
-    _empty(model.out.weight, 4, 5, 6, 7, axis=1)
-    small, _ = _pruned(model, torch.randn(2, 5, 6))
+    empty(model.out.weight, 4, 5, 6, 7, axis=1)
+    small, _ = pruned(model, torch.randn(2, 5, 6))
     assert small.table.shape == (5, 5, 2)
     assert small.qkv.weight.shape == (24, 6)  # type: ignore[union-attr]

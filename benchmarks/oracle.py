@@ -1,0 +1,417 @@
+"""What could be removed from a model without a change of its outputs, found by brute force and without looking at its graph.
+
+Output channels of linear layers and convolutions are disturbed by hand, with every other such layer held at what it gave
+before, so that a disturbance shows which inputs of which layers, and which outputs of the model, it reaches: these channels can
+only go together. Where it reaches zero weights only, or where a channel is a constant, it can go. In the end all channels that
+can go are filled with noise at once, constants put in where they are read, and the outputs have to be as they were.
+
+Groups of a convolution stay equally large. What it does not know: that code holds numbers of channels (heads of equal size), and
+that one constant channel has to stay for a padded convolution. So it is an upper bound. Where three channels of a layer (of a
+part of it) reach all that the whole reaches, the others are taken to do so too: that is its sampling.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from benchmarks.oracle_replay import Call, Product, Ranges, Recording, TooLarge, run
+
+CONFIRMED = 1e-6
+"""Largest difference of outputs that is none; parts of some models compute in float32."""
+Probe = Generator[Tensor, Tensor, None]
+"""Yields rows to disturb (bool [K]), is sent what they reach (bool [targets])."""
+
+
+@dataclass(frozen=True)
+class _Link:
+    """Rows that reach targets: pair by pair, or all of them all."""
+
+    rows: Tensor
+    targets: Tensor
+    pairs: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can go.
+
+    Attributes:
+        rows, columns: by weight, which output and input channels can go; bool, shapes [K] and [groups * C].
+        groups: of each weight, more than 1 for grouped convolutions.
+        removable: values of each weight that go with them.
+        difference: of the outputs with these channels filled with noise, relative to each output's largest value.
+        confirmed: which of them were.
+        runs: how often the model was run.
+    """
+
+    rows: dict[str, Tensor]
+    columns: dict[str, Tensor]
+    groups: dict[str, int]
+    removable: dict[str, int]
+    difference: float
+    confirmed: str
+    runs: int
+
+
+class Oracle:
+    """Looks at one model.
+
+    Args:
+        model: in eval mode, with its empty filters; not changed.
+        calls: two different arguments of it. The first is the one that it is disturbed on.
+        seconds: of the processor's time, after which it gives up.
+
+    Raises:
+        TooLarge: by time or by memory.
+    """
+
+    def __init__(self, model: nn.Module, calls: tuple[Call, Call], seconds: float) -> None:
+        self._deadline = time.process_time() + seconds
+        self._model = model
+        self._calls = calls
+        self._recording = Recording(self._model, calls[0])
+        self._products = self._recording.products
+        parameters = dict(self._model.named_parameters())
+        self._weights = {product.weight: parameters[product.weight].detach() for product in self._products}
+        self._of = {product.weight: product for product in self._products}
+        self._used = {name: _nonzero(self._weights[name], product) for name, product in self._of.items()}
+        self._targets: dict[str, slice] = {}
+        self._rows: dict[str, slice] = {}
+        count = 1  # target 0 is the model's outputs
+        for name, product in self._of.items():
+            size = self._weights[name].shape[product.in_axis] * product.groups
+            self._targets[name] = slice(count, count + size)
+            count += size
+        self._count = count
+        for name, product in self._of.items():
+            self._rows[name] = slice(count, count + self._weights[name].shape[product.out_axis])
+            count += self._rows[name].stop - self._rows[name].start
+        self._parent = torch.arange(count)
+        self._reached = torch.zeros(self._count, dtype=torch.bool)
+        self._links: list[_Link] = []
+        self._runs = 1
+
+    def verdict(self) -> Verdict:
+        """Look, and make sure of it."""
+        self._couple()
+        observed = self._observe()
+        constant = self._constants(observed)
+        needed = self._needed(constant)
+        rows = {name: ~needed[self._parent[part.start : part.stop]] for name, part in self._rows.items()}
+        columns = {name: ~needed[self._parent[part.start : part.stop]] for name, part in self._targets.items()}
+        difference = self._difference(rows, columns, constant)
+        confirmed = "all"
+        if difference > CONFIRMED:
+            # Two constants that are multiplied, say zero by zero in attention, go well but give noise by noise.
+            still = {name: constant[part.start : part.stop] for name, part in self._rows.items()}
+            difference = self._difference({name: rows[name] & ~still[name] for name in rows}, columns, constant)
+            confirmed = "what is no constant"
+        stays = self._filled(needed)
+        removable = {name: self._removable(name, stays) for name in rows}
+        return Verdict(rows, columns, {n: p.groups for n, p in self._of.items()}, removable, difference, confirmed, self._runs)
+
+    # What reaches what.
+
+    def _reach(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Which targets a disturbance reaches: outputs first, then inputs of weights; bool [targets]."""
+        if time.process_time() > self._deadline:
+            raise TooLarge(f"not done after {self._runs} runs")
+        self._runs += 1
+        changed, outputs = self._recording.disturb(rows)
+        found = torch.zeros(self._count, dtype=torch.bool)
+        found[0] = outputs
+        for product, channels in zip(self._products, changed, strict=True):
+            if channels is not None:
+                first = self._targets[product.weight].start + product.columns.start
+                found[first : first + len(product.columns)] |= channels
+        return found
+
+    def _couple(self) -> None:
+        sizes = {name: part.stop - part.start for name, part in self._rows.items()}
+        whole = {name: self._reach({name: torch.ones(size, dtype=torch.bool)}) for name, size in sizes.items()}
+        for reached in whole.values():
+            self._reached |= reached
+        unique, index = self._by_bits({name: torch.arange(size) for name, size in sizes.items()})
+        probes: dict[str, Probe] = {}
+        for name, reached in whole.items():
+            plain = reached & unique & (index < sizes[name])
+            self._pair(self._rows[name].start + index[plain], plain.nonzero().flatten())
+            left = reached & ~plain
+            if left.any():
+                probes[name] = self._split(name, left)
+        self._schedule(probes, whole)
+        for name, product in self._of.items():
+            if self._is_depthwise(product):
+                size = sizes[name]
+                column = torch.arange(size) // (size // product.groups)
+                self._join(self._rows[name].start + torch.arange(size), self._targets[name].start + column)
+
+    def _by_bits(self, numbers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of each target, the one number of the channels that reach it, where all of them have the same number."""
+        bits = max(1, max(int(number.max()) for number in numbers.values()).bit_length())
+        unique, index = torch.ones(self._count, dtype=torch.bool), torch.zeros(self._count, dtype=torch.int64)
+        for bit in range(bits):
+            ones, zeros = (
+                self._reach({name: (number >> bit & 1) == value for name, number in numbers.items()}) for value in (1, 0)
+            )
+            unique &= ones ^ zeros
+            index += ones.long() << bit
+        return unique, index
+
+    def _split(self, name: str, wanted: Tensor) -> Probe:
+        """Halve a layer's channels until each part reaches the same from each channel; a part's channels go together."""
+        size = self._rows[name].stop - self._rows[name].start
+        tried_bits = False
+        pending = [(torch.arange(size), wanted)]
+        while pending:
+            rows, wanted = pending.pop()
+            samples = rows[torch.tensor(sorted({0, len(rows) // 3, len(rows) - 1}))]
+            found = []
+            for row in samples:
+                reached = (yield _mask(size, row)) & wanted
+                self._connect(name, row, reached)
+                found.append(reached)
+            if len(samples) == len(rows):
+                continue
+            if all(torch.equal(reached, wanted) for reached in found):
+                self._connect(name, rows, wanted)
+                continue
+            if not tried_bits:
+                tried_bits = True
+                # Other layers may have stood in the way of numbers; this one alone may have them.
+                unique, index = wanted.clone(), torch.zeros(self._count, dtype=torch.int64)
+                for bit in range(max(1, (size - 1).bit_length())):
+                    ones = yield (torch.arange(size) >> bit & 1) == 1
+                    zeros = yield (torch.arange(size) >> bit & 1) == 0
+                    unique &= ones ^ zeros
+                    index += ones.long() << bit
+                self._pair(self._rows[name].start + index[unique], unique.nonzero().flatten())
+                wanted = wanted & ~unique
+                if wanted.any():
+                    pending.append((rows, wanted))
+                continue
+            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                reached = (yield _mask(size, half)) & wanted
+                if reached.any():
+                    pending.append((half, reached))
+
+    def _schedule(self, probes: dict[str, Probe], whole: Mapping[str, Tensor]) -> None:
+        """Run probes of layers that reach different targets in the same run of the model."""
+        asked = {name: next(probe) for name, probe in probes.items()}
+        while asked:
+            chosen, taken = [], torch.zeros(self._count, dtype=torch.bool)
+            for name in asked:
+                if not (taken & whole[name]).any():
+                    chosen.append(name)
+                    taken |= whole[name]
+            reached = self._reach({name: asked[name] for name in chosen})
+            for name in chosen:
+                try:
+                    asked[name] = probes[name].send(reached & whole[name])
+                except StopIteration:
+                    del asked[name]
+
+    def _connect(self, name: str, rows: Tensor, reached: Tensor) -> None:
+        """Each of these rows reaches all of these targets."""
+        targets = reached.nonzero().flatten()
+        rows = self._rows[name].start + rows.reshape(-1)
+        if len(targets):
+            self._join(rows[0].expand(len(targets)), targets)
+            self._join(rows[0].expand(len(rows)), rows)
+            self._links.append(_Link(rows, targets, pairs=False))
+
+    def _pair(self, rows: Tensor, targets: Tensor) -> None:
+        """The first row reaches the first target, the second the second, and so on."""
+        self._join(rows, targets)
+        self._links.append(_Link(rows, targets, pairs=True))
+
+    def _join(self, first: Tensor, second: Tensor) -> None:
+        """Make one class of each pair."""
+        while True:
+            while not torch.equal(self._parent, above := self._parent[self._parent]):
+                self._parent = above
+            one, other = self._parent[first], self._parent[second]
+            different = one != other
+            if not different.any():
+                return
+            # Of several pairs with one larger root only one is written: the others are different in the next round.
+            self._parent[torch.maximum(one, other)[different]] = torch.minimum(one, other)[different]
+
+    # What is constant, and what is needed.
+
+    def _observe(self) -> Tensor:
+        """Which targets and rows had one value only, in float64, on both calls."""
+        exact = copy.deepcopy(self._model).double()
+        ranges = (Ranges(), Ranges())
+
+        def note(number: int, product: Product, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            made: Tensor = func(*args, **kwargs)
+            ranges[0].see(number, args[product.inputs], product.channel)
+            ranges[1].see(number, made, product.channel)
+            return made
+
+        for call in self._calls:
+            run(exact, _double(call), note)
+        constant = torch.ones(len(self._parent), dtype=torch.bool)
+        for number, product in enumerate(self._products):
+            first = self._targets[product.weight].start + product.columns.start
+            constant[first : first + len(product.columns)] &= ranges[0].constant(number)
+            first = self._rows[product.weight].start + product.rows.start
+            constant[first : first + len(product.rows)] &= ranges[1].constant(number)
+        return constant
+
+    def _constants(self, observed: Tensor) -> Tensor:
+        """Rows and targets that are constant whatever comes in, and not for what came in: computed from nothing else."""
+        constant = torch.zeros(len(self._parent), dtype=torch.bool)
+        while True:
+            before = constant.clone()
+            for name in self._rows:
+                free = ~constant[self._targets[name].start : self._targets[name].stop]
+                rows = self._rows[name]
+                constant[rows.start : rows.stop] = ~self._reads(name, free) & observed[rows.start : rows.stop]
+            moving = torch.zeros(len(self._parent), dtype=torch.bool)
+            for link in self._links:
+                free = ~constant[link.rows]
+                if free.any():
+                    moving[link.targets[free] if link.pairs else link.targets] = True
+            targets = slice(1, self._count)
+            constant[targets] = (observed & ~moving)[targets] & self._reached[targets]
+            if torch.equal(before, constant):
+                return constant
+
+    def _reads(self, name: str, columns: Tensor) -> Tensor:
+        """Which rows have a weight other than zero in one of these columns; bool [K]."""
+        return (self._used[name] & self._expanded(name, columns)).any(1)
+
+    def _expanded(self, name: str, columns: Tensor) -> Tensor:
+        """The columns of each row's group; shape [K, C] or [1, C]."""
+        groups = self._of[name].groups
+        if groups == 1:
+            return columns[None]
+        rows = self._rows[name].stop - self._rows[name].start
+        return columns.view(groups, -1).repeat_interleave(rows // groups, 0)
+
+    def _is_depthwise(self, product: Product) -> bool:
+        return product.groups > 1 and self._weights[product.weight].shape[1] == 1
+
+    def _needed(self, constant: Tensor) -> Tensor:
+        """Which classes have to stay, by root."""
+        needed = torch.zeros(len(self._parent), dtype=torch.bool)
+        needed[self._parent[0]] = True
+        # What no layer reaches comes from the model's inputs or from elsewhere, and cannot be cut there.
+        unreached = ~self._reached[1:]
+        needed[self._parent[1 : self._count][unreached]] = True
+        while True:
+            before = needed.clone()
+            for name, part in self._targets.items():
+                rows = self._rows[name]
+                wanted = needed[self._parent[rows.start : rows.stop]]
+                used = self._used[name] & wanted[:, None]
+                groups = self._of[name].groups
+                read = used.view(groups, -1, used.shape[1]).any(1).flatten()
+                read &= ~constant[part.start : part.stop]
+                needed[self._parent[part.start : part.stop][read]] = True
+            if torch.equal(before, needed):
+                return needed
+
+    def _filled(self, needed: Tensor) -> Tensor:
+        """Which classes stay so that groups of convolutions are equally large: some that could go fill up the smaller ones."""
+        stays = needed.clone()
+        while True:
+            before = stays.clone()
+            for name, product in self._of.items():
+                if product.groups == 1 or self._is_depthwise(product):
+                    continue
+                sides = [
+                    self._parent[part.start : part.stop].view(product.groups, -1)
+                    for part in (self._rows[name], self._targets[name])
+                ]
+                alive = (stays[sides[0]].any(1) | stays[sides[1]].any(1)).nonzero().flatten()
+                for side in sides:
+                    wanted = max(1, int(stays[side].sum(1).max()))
+                    for group in alive:
+                        for root in side[group]:
+                            if int(stays[side[group]].sum()) >= wanted:
+                                break
+                            stays[root] = True
+            if torch.equal(before, stays):
+                return stays
+
+    def _removable(self, name: str, stays: Tensor) -> int:
+        """Values of a weight that go with its rows and columns; something of each stays."""
+        weight, product = self._weights[name], self._of[name]
+        rows, columns = (
+            stays[self._parent[part.start : part.stop]].view(product.groups, -1)
+            for part in (self._rows[name], self._targets[name])
+        )
+        if self._is_depthwise(product):
+            left = max(1, int(rows.sum()))
+        else:
+            groups = max(1, int((rows.any(1) | columns.any(1)).sum()))
+            left = groups * max(1, int(rows.sum(1).max())) * max(1, int(columns.sum(1).max()))
+        return weight.numel() - left * (weight.numel() // (rows.numel() * weight.shape[product.in_axis]))
+
+    def _difference(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], constant: Tensor) -> float:
+        """Fill what can go with noise, constants put in where they are read."""
+        exact = copy.deepcopy(self._model).double()
+        call = _double(self._calls[0])
+        values: list[Tensor] = []
+
+        def plain(number: int, product: Product, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            values.append(args[product.inputs].movedim(product.channel, 0).flatten(1)[:, 0].clone())
+            made: Tensor = func(*args, **kwargs)
+            return made
+
+        def noisy(number: int, product: Product, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            name, axis = product.weight, product.channel
+            given = args[product.inputs].clone()
+            here = slice(product.columns.start, product.columns.stop)
+            known = columns[name][here] & constant[self._targets[name].start : self._targets[name].stop][here]
+            moved = given.movedim(axis, -1)
+            moved[..., known] = values[number][known]
+            made: Tensor = func(*args[: product.inputs], given, *args[product.inputs + 1 :], **kwargs)
+            chosen = rows[name][product.rows.start : product.rows.stop]
+            turned = made.movedim(axis, -1)
+            turned[..., chosen] = torch.randn(turned[..., chosen].shape, dtype=turned.dtype) * (1 + made.std(correction=0))
+            return made
+
+        expected = run(exact, call, plain)
+        found = run(exact, call, noisy)
+        self._runs += 4
+        worst = 0.0
+        for one, other in zip(found, expected, strict=True):
+            if not one.is_floating_point():
+                worst = max(worst, 0.0 if torch.equal(one, other) else 1.0)
+                continue
+            finite = torch.isfinite(other)
+            if finite.any():
+                worst = max(worst, float((one - other)[finite].abs().max() / other[finite].abs().max().clamp_min(1e-30)))
+        return worst
+
+
+def _nonzero(weight: Tensor, product: Product) -> Tensor:
+    """Which inputs (of its group) each output has a weight other than zero for; bool [K, C]."""
+    moved = weight.movedim((product.out_axis, product.in_axis), (0, 1))
+    return (moved.reshape(*moved.shape[:2], -1) != 0).any(2)
+
+
+def _mask(size: int, rows: Tensor) -> Tensor:
+    made = torch.zeros(size, dtype=torch.bool)
+    made[rows] = True
+    return made
+
+
+def _double(call: Call) -> Call:
+    made: Call = tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, call)
+    return made
+
+
+__all__ = ["CONFIRMED", "Oracle", "TooLarge", "Verdict"]

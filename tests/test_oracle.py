@@ -1,0 +1,83 @@
+"""The oracle of the exactness benchmark finds what can be removed, knowing nothing of ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.oracle import Oracle, Verdict
+from tests.channel_pruning import IMAGE, Around, empty
+
+
+def _verdict(model: nn.Module, *shape: int) -> Verdict:
+    torch.manual_seed(0)
+    verdict = Oracle(model.eval(), (((torch.randn(shape),), {}), ((torch.randn(shape),), {})), 60.0).verdict()
+    assert verdict.difference <= 1e-9
+    return verdict
+
+
+def _numbers(mask: Tensor) -> list[int]:
+    found: list[int] = mask.nonzero().flatten().tolist()
+    return found
+
+
+def test_constants_and_dead_channels_can_go() -> None:
+    model = Around(
+        lambda m, x: m.last(torch.sigmoid(m.norm(m.first(x)))),
+        first=nn.Conv2d(3, 6, 1),
+        norm=nn.BatchNorm2d(6),
+        last=nn.Conv2d(6, 4, 1),
+    )
+    empty(model.first.weight, 1, 2)  # type: ignore[arg-type, union-attr]
+    empty(model.last.weight, 5, axis=1)  # type: ignore[arg-type, union-attr]
+    verdict = _verdict(model, *IMAGE)
+    assert _numbers(verdict.rows["first.weight"]) == [1, 2, 5]
+    assert _numbers(verdict.columns["last.weight"]) == [1, 2, 5]
+    assert verdict.removable == {"first.weight": 9, "last.weight": 12}
+    assert not verdict.rows["last.weight"].any()
+
+
+def test_a_residual_and_a_norm_over_channels_hold_what_they_add_and_measure() -> None:
+    model = Around(
+        lambda m, x: m.last(F.layer_norm(m.inner(m.first(x)), (5,)) + 0 * m.side(x)[..., :5] + m.skip(x)[..., :5]),
+        first=nn.Linear(4, 6),
+        inner=nn.Linear(6, 5),
+        side=nn.Linear(4, 5),
+        skip=nn.Linear(4, 5),
+        last=nn.Linear(5, 2),
+    )
+    empty(model.first.weight, 0, 3)  # type: ignore[arg-type, union-attr]
+    empty(model.inner.weight, 1)  # type: ignore[arg-type, union-attr]
+    empty(model.skip.weight, 1)  # type: ignore[arg-type, union-attr]
+    verdict = _verdict(model, 7, 4)
+    assert _numbers(verdict.rows["first.weight"]) == [0, 3]
+    assert not verdict.rows["inner.weight"].any()
+    assert not verdict.rows["skip.weight"].any()
+    assert verdict.rows["side.weight"].all()
+
+
+def test_padding_and_groups() -> None:
+    model = Around(
+        lambda m, x: m.last(m.grouped(torch.relu(m.first(x)))),
+        first=nn.Conv2d(3, 8, 1, bias=False),
+        grouped=nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False),
+        last=nn.Conv2d(8, 2, 1),
+    )
+    empty(model.first.weight, 0, 1, 4)  # type: ignore[arg-type, union-attr]
+    verdict = _verdict(model, *IMAGE)
+    assert _numbers(verdict.rows["first.weight"]) == [0, 1, 4]
+    # Of the two groups the second lost one input only.
+    assert verdict.removable == {"first.weight": 6, "grouped.weight": 72, "last.weight": 0}
+
+
+def test_channels_of_shuffles_and_heads_are_found_by_what_they_reach() -> None:
+    def attend(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (m.q, m.k, m.v))  # type: ignore[operator]
+        made: Tensor = m.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[operator]
+        return made
+
+    model = Around(attend, q=nn.Linear(6, 8), k=nn.Linear(6, 8), v=nn.Linear(6, 8), out=nn.Linear(8, 3))
+    empty(model.out.weight, 4, 5, 6, 7, axis=1)  # type: ignore[arg-type, union-attr]
+    verdict = _verdict(model, 2, 5, 6)
+    assert all(_numbers(verdict.rows[f"{name}.weight"]) == [4, 5, 6, 7] for name in "qkv")

@@ -6,6 +6,7 @@ from sparsefx import algorithms, patterns, schedules
 from sparsefx.api import attach, audit, export_onnx, export_parts, finalize, graph, masks, sparsify
 from sparsefx.errors import SparsefxError
 from sparsefx.lottery import lottery_ticket
+from sparsefx.mask_once import mask_once
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
 from sparsefx.passes.analyze_eligibility import Eligibility
@@ -43,6 +44,7 @@ __all__ = [
     "kept_magnitude",
     "load",
     "lottery_ticket",
+    "mask_once",
     "masks",
     "patterns",
     "prune_channels",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,24 +20,29 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsefx.algorithms.base import Algorithm, Split
 from sparsefx.algorithms.layer import Layer, Run
-from sparsefx.checkpoint import adopt
+from sparsefx.checkpoint import adopt, cut_to_one_threshold
 from sparsefx.errors import NonFiniteError
 from sparsefx.follow import (
     Followed,
+    broadcast_generator,
     broadcast_masks,
     owners_of,
     plan_of,
     refuse_double_following,
+    refuse_shards,
     refuse_split_threshold,
     runtime_of,
 )
 from sparsefx.model_record import model_records, watch
 from sparsefx.ops.split import merge, split
-from sparsefx.runtime_state import STATE_VERSION, check_state
+from sparsefx.runtime_state import STATE_VERSION, check_state, of_this_process
 from sparsefx.schedules import DensitySchedule
+from sparsefx.sharded_records import reshard, share_out
+from sparsefx.shards import anywhere, by_group, is_distributed
 from sparsefx.sparse_parameter import SparseParameter
 
 _TORCH_OPTIMIZER_FILE = inspect.getfile(Optimizer)
+_CHECKPOINT_FILE = str(Path("torch", "distributed", "checkpoint", "state_dict.py"))
 
 
 class _OptimizerHooks:
@@ -63,14 +69,14 @@ class _OptimizerHooks:
             handle.remove()
         for entry in self.followed:
             if entry.alive():
-                entry.record.settle(entry.parameter().detach())
+                entry.record.settle(entry.weight())
 
     def _tensors(self, merged: bool) -> tuple[list[Tensor], list[SparseParameter]]:
         """The weights that are merged or not, and their records."""
         weights: list[Tensor] = []
         records: list[SparseParameter] = []
         for entry in self.followed:
-            weight = entry.parameter().detach()
+            weight = entry.weight()
             if entry.record.merged is merged:
                 entry.record.follow(weight)
                 weights.append(weight)
@@ -104,8 +110,10 @@ class _OptimizerHooks:
         if not algorithm.edits_gradients:
             return
         for entry, layer in zip(self.followed, self.run.layers, strict=True):
-            gradient = layer.parameter.grad
-            if gradient is None or entry.scaled == (id(gradient), gradient._version):
+            if not layer.has_gradient:
+                continue
+            gradient = layer.gradient
+            if entry.scaled == (id(gradient), gradient._version):
                 continue
             algorithm.edit_gradient(self.run, layer)
             entry.scaled = (id(gradient), gradient._version)
@@ -118,12 +126,14 @@ class _OptimizerHooks:
 
     def look_at_layers(self) -> None:
         """Bring the run's layers to what the model holds now."""
+        if any(entry.record.shards is not None and not is_distributed(entry.parameter()) for entry in self.followed):
+            self._runtime.reshard()
         self.run.layers = [Layer(entry.name, entry.parameter(), entry.record, self.run) for entry in self.followed]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if _inside_its_own_step(optimizer):
+        if _is_no_training_step(optimizer):
             return None
         if _count(optimizer) != self._held:
             self._runtime.follow_new(self)
@@ -161,7 +171,7 @@ class _OptimizerHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _inside_its_own_step(optimizer):
+        if _is_no_training_step(optimizer):
             return
         self._give_back_gradients()
         if _step_was_skipped(optimizer):
@@ -185,16 +195,19 @@ class _OptimizerHooks:
             if self.step % self._runtime.check_every:
                 return
             flag, self._non_finite = self._non_finite, None
-        if not bool(flag):
+        # Where weights are sharded, all processes stop, whichever of them found it.
+        shared = by_group([entry.record.shards for entry in self.followed])
+        first = [self.followed[positions[0]].record.shards for positions in shared.values()]
+        if not any([bool(flag), *(anywhere(bool(flag), shards) for shards in first)]):
             return
         bad = [
             entry.name
             for entry in self.followed
-            if not bool(torch.isfinite(entry.parameter()).all())
+            if not bool(torch.isfinite(entry.weight()).all())
             or (entry.record.dormant is not None and not bool(torch.isfinite(entry.record.dormant).all()))
         ]
         raise NonFiniteError(
-            f"NaN or infinity in the weights of {', '.join(bad[:5]) or 'a masked layer'} after optimizer step {self.step}: "
+            f"NaN or infinity in the weights of {', '.join(bad[:5]) or 'another process'} after optimizer step {self.step}: "
             "training diverged. Go back to the last checkpoint; lower the learning rate or clip gradients"
         )
 
@@ -220,10 +233,12 @@ class MaskRuntime:
         self.check_every = check_every
         self._model = model
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
+        share_out(model)
         owners = owners_of(model)
         self._names = tuple(owners)
         plan = plan_of(optimizers, owners)
         refuse_split_threshold(owners, plan)
+        refuse_shards(algorithm, owners)
         self._hooks: list[_OptimizerHooks] = []
         runs = [Run(optimizer, total_steps, steps_per_epoch, self._generator) for optimizer in optimizers]
         for run, names in zip(runs, plan, strict=True):
@@ -231,12 +246,18 @@ class MaskRuntime:
             algorithm.check(run)
         refuse_double_following(owners, plan, replace)
         broadcast_masks(model, self._generator)
+        broadcast_generator(owners, self._generator)
         for entry in owners.values():
             adopt(entry.record, entry.parameter())
             entry.record.left_out = None
+        cut_to_one_threshold([(entry.weight(), entry.record) for entry in owners.values()])
         for run, names in zip(runs, plan, strict=True):
             self._hooks.append(_OptimizerHooks(run, [owners[name] for name in names], self))
             self._claim(self._hooks[-1], self._hooks[-1].followed)
+
+    def reshard(self) -> None:
+        """Put FSDP2's sharded parameters in place, where an evaluation has left whole ones in the model."""
+        reshard(self._model)
 
     def _claim(self, hooks: _OptimizerHooks, entries: Iterable[Followed]) -> None:
         for _, model_record in model_records(self._model):
@@ -294,7 +315,8 @@ class MaskRuntime:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, dormant values, step counts and the random generator, as copies. Tensors and plain values only
-        (``weights_only`` loads it)."""
+        (``weights_only`` loads it); of sharded parameters DTensors, as ``torch.distributed.checkpoint`` takes them."""
+        reshard(self._model)
         parameters: dict[str, dict[str, Any]] = {}
         for hooks in self._hooks:
             for entry in hooks.followed:
@@ -302,9 +324,9 @@ class MaskRuntime:
                 parameters[entry.name] = {
                     "pattern": record.pattern.name,
                     "density": record.density,
-                    "mask": record.mask.clone(),
-                    "dormant": None if record.dormant is None else record.dormant.clone(),
-                    "state": {key: value.clone() for key, value in record.state.items()},
+                    "mask": record.distributed(record.mask.clone()),
+                    "dormant": None if record.dormant is None else record.distributed(record.dormant.clone()),
+                    "state": {key: record.distributed(value.clone()) for key, value in record.state.items()},
                 }
         return {
             "version": STATE_VERSION,
@@ -319,7 +341,7 @@ class MaskRuntime:
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise the StateError that `load_state_dict` would; nothing is changed."""
         records = {entry.name: entry.record for hooks in self._hooks for entry in hooks.followed}
-        check_state(state, records, self.algorithm.name, len(self._hooks))
+        check_state(of_this_process(state, records), records, self.algorithm.name, len(self._hooks))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -328,11 +350,13 @@ class MaskRuntime:
         Raises:
             StateError: the state is of another version, algorithm, set of parameters, pattern or shape.
         """
-        self.check_state_dict(state)
+        reshard(self._model)
         entries = {entry.name: entry for hooks in self._hooks for entry in hooks.followed}
+        state = of_this_process(state, {name: entry.record for name, entry in entries.items()})
+        self.check_state_dict(state)
         for name, saved in state["parameters"].items():
             entry = entries[name]
-            parameter = entry.parameter().detach()
+            parameter = entry.weight()
             entry.record.follow(parameter)
             if not entry.record.merged and entry.record.dormant is not None:
                 # What loading the model's state_dict could not let participate, the saved mask may.
@@ -358,17 +382,20 @@ def _step_was_skipped(optimizer: Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def _inside_its_own_step(optimizer: Optimizer) -> bool:
-    """Whether these hooks belong to a ``super().step()`` inside the optimizer's own step.
+def _is_no_training_step(optimizer: Optimizer) -> bool:
+    """Whether these hooks belong to a ``super().step()`` inside the optimizer's own step, or to a step that trains nothing.
 
     torch runs the hooks around the step of every class that has one. Only the outermost pair may act, and after a step that
-    raised no counter could tell which that is; the stack can.
+    raised no counter could tell which that is; the stack can. It also tells when torch.distributed.checkpoint makes a step with a
+    learning rate of zero, so that the optimizer creates its state.
     """
     frame, steps = inspect.currentframe(), 0
     while frame is not None:
         code = frame.f_code
         if code.co_filename == _TORCH_OPTIMIZER_FILE and code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
             steps += 1
+        if code.co_name == "_init_optim_state" and code.co_filename.endswith(_CHECKPOINT_FILE):
+            return True
         frame = frame.f_back
     return steps > 1
 

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsefx.errors import StateError
 from sparsefx.patterns.base import Pattern
+from sparsefx.shards import Shards
 
 if TYPE_CHECKING:  # algorithms work on these records, so they are imported after this file
     from sparsefx.algorithms.base import Algorithm
@@ -45,6 +46,7 @@ class SparseParameter:
         runtime: the MaskRuntime that moves this mask, if one does; not copied and not pickled.
         warning: the hook that warns of training without a runtime; not copied and not pickled.
         left_out: values of the last loaded state_dict that the mask has no room for, until the whole model is loaded.
+        shards: how the parameter, and all that stands beside it, is cut among processes; None where this one has it whole.
         loading: the tensor that is about to be loaded into the parameter, while a state_dict is.
     """
 
@@ -58,6 +60,7 @@ class SparseParameter:
     merged: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
     target: float | None = None
+    shards: Shards | None = None
     runtime: weakref.ReferenceType[Any] | None = field(default=None, repr=False)
     warning: RemovableHandle | None = field(default=None, repr=False)
     loading: Tensor | None = field(default=None, repr=False)
@@ -76,6 +79,10 @@ class SparseParameter:
         for name, value in self.state.items():
             if value.device != weight.device:
                 self.state[name] = value.to(weight.device)
+
+    def distributed(self, value: Tensor) -> Tensor:
+        """What stands beside this process's part of a sharded parameter as a DTensor like it; anything else as it is."""
+        return value if self.shards is None or value.shape != self.mask.shape else self.shards.distributed(value)
 
     @torch.no_grad()
     def settle(self, weight: Tensor) -> None:

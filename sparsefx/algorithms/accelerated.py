@@ -46,6 +46,9 @@ class Accelerated(Algorithm):
             return None
         return "it is for masks that are sparse along both axes; use pattern '4:8-transposable', or algorithm 'sr-ste'"
 
+    def shards_refusal(self) -> str | None:
+        return None
+
     def edit_gradient(self, run: Run, layer: Layer) -> None:
         decay_dormant(run, layer, self.decay)
 

@@ -38,6 +38,9 @@ class SRSTE(Algorithm):
     def keeps_dormant(self) -> bool:
         return True
 
+    def shards_refusal(self) -> str | None:
+        return None
+
     def edit_gradient(self, run: Run, layer: Layer) -> None:
         decay_dormant(run, layer, self.decay)
 

@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 
 from sparsefx.api import attach, finalize, sparsify
 from sparsefx.errors import OptionError
-from sparsefx.integrations.watch import MaskWatch
+from sparsefx.integrations.watch import REMEDY, MaskWatch
 from sparsefx.model_record import has_records
 from sparsefx.patterns import Pattern
 from sparsefx.runtime import MaskRuntime
+from sparsefx.sharded_records import refuse_distributed
 
 
 class SparsityCallback(Callback):  # type: ignore[misc]  # lightning is not type-checked here
@@ -50,6 +51,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]  # lightning is not type
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sparsify and attach, when Lightning has restored weights and optimizers of a checkpoint; then restore the masks."""
+        refuse_distributed(pl_module, "SparsityCallback", REMEDY)
         # First masks may be drawn at random: they must not cost a resumed run its weights.
         weights = None if self._saved is None else {name: value.clone() for name, value in pl_module.state_dict().items()}
         if not has_records(pl_module):

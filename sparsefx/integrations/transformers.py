@@ -13,10 +13,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from sparsefx.api import attach, finalize, sparsify
 from sparsefx.errors import CaptureError, OptionError, StateError
-from sparsefx.integrations.watch import MaskWatch
+from sparsefx.integrations.watch import REMEDY, MaskWatch
 from sparsefx.model_record import has_records
 from sparsefx.patterns import Pattern
 from sparsefx.runtime import MaskRuntime
+from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_file import load, save
 
 FILE = "sparsefx.safetensors"
@@ -68,6 +69,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Sparsify, attach, and resume where the Trainer does."""
         model: nn.Module = given["model"]
+        refuse_distributed(model, "SparsityCallback", REMEDY)
         file = None if state.global_step == 0 else self._saved(args, state)
         if not has_records(model):
             self._sparsify(model)

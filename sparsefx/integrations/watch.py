@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from sparsefx.sparse_parameter import empty_channels, sparse_parameters
 
+REMEDY = "use DistributedDataParallel, or your own loop with sparsify before fully_shard and attach after it"
+
 
 class MaskWatch:
     """Density, flips and empty channels of a model, measured whenever something is logged.

@@ -4,9 +4,9 @@ good with `sparsefx.mask_once` takes at most one more layer's memory at any time
     python benchmarks/large_models.py                 # 7 B on the meta device, 1 B masked
     python benchmarks/large_models.py --billions 3    # needs 7 GB of memory
 
-Memory is the process's peak resident set (VmHWM), reset before each measurement, above what is resident then; Linux only. The peer is
-`sparsefx.sparsify` with static masks and `sparsefx.finalize`, which keeps masks and a way back until it is done (``--peer``: it
-takes about 1.5 times the model's memory once more). Largest layer: bytes of the largest weight that becomes sparse.
+Memory is the process's peak resident set (VmHWM), reset before each measurement, above what is resident then; Linux only. The
+peer (``--peer``) is `sparsefx.sparsify` with static masks and `sparsefx.finalize`, which keeps masks and a way back until it is
+done, and so takes more than the model's memory once more. Largest layer: bytes of the largest weight that becomes sparse.
 """
 
 from __future__ import annotations
@@ -96,9 +96,10 @@ def main() -> None:
         share = zeros / sum(model.get_parameter(name).numel() for name in names)
         within = peak <= largest + SLACK
         held = held and within and abs(share - 0.5) < 1e-4
+        told = f"{bytes_of_all / 2e9:.2f} B in bfloat16 ({bytes_of_all / MIB:.0f} MiB), {pattern}: {share:.1%} zeros"
         print(
-            f"{bytes_of_all / 2e9:.2f} B in bfloat16 ({bytes_of_all / MIB:.0f} MiB), {pattern}: {share:.1%} zeros, peak {peak / MIB:.0f} "
-            f"MiB more, largest layer {largest / MIB:.0f} MiB, {seconds:.1f} s: {'held' if within else 'FAILED'}"
+            f"{told}, peak {peak / MIB:.0f} MiB more, largest layer {largest / MIB:.0f} MiB, {seconds:.1f} s: "
+            f"{'held' if within else 'FAILED'}"
         )
         del model
     if given.peer:

@@ -69,7 +69,7 @@ def of_this_process(state: Any, records: Mapping[str, SparseParameter]) -> Any:
         if not isinstance(value, Tensor):
             return value
         if shards is None:
-            return value.full_tensor() if is_distributed(value) else value  # type: ignore[operator]
+            return value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
         return value if value.shape == record.mask.shape and not is_distributed(value) else shards.local(value, name)
 
     parameters: dict[str, Any] = {}

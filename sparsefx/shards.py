@@ -88,7 +88,7 @@ def is_distributed(tensor: Tensor) -> bool:
 def values_of(tensor: Tensor) -> Tensor:
     """The values that this process holds of a parameter or a tensor, detached: changing them changes it."""
     with torch.no_grad():
-        found: Tensor = tensor.to_local() if is_distributed(tensor) else tensor.detach()  # type: ignore[operator]
+        found: Tensor = tensor.to_local() if is_distributed(tensor) else tensor.detach()  # type: ignore[attr-defined]
     return found
 
 

@@ -72,8 +72,8 @@ def llama(seed: int | None) -> nn.Module:
             made: nn.Module = transformers.LlamaForCausalLM(config)
             return made
     torch.manual_seed(seed)
-    made = transformers.LlamaForCausalLM(config)
-    return made
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
 
 
 @pytest.mark.parametrize("assign", [False, True])

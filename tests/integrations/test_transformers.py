@@ -124,7 +124,7 @@ def test_compiled_in_bfloat16_it_trains_sparse_and_resumes(tmp_path: Path, build
     assert one.keys() == other.keys()
     assert len(one) >= 5
     # One step apart: masks have moved, but most of each is that of the checkpoint.
-    assert all(0.9 < float((one[name] == other[name]).float().mean()) for name in one)
+    assert all(float((one[name] == other[name]).float().mean()) > 0.9 for name in one)
     assert all(not second.model.get_parameter(name)[~mask].any() for name, mask in other.items())
     torch._dynamo.reset()
 

@@ -171,7 +171,10 @@ def broadcast_generator(owners: dict[str, Followed], generator: torch.Generator)
         if shards is not None and shards.ranks not in seen:
             seen.add(shards.ranks)
             state = generator.get_state().to(shards.mesh.device_type)
-            torch.distributed.broadcast(state, shards.ranks[0], group=shards.group)
+            # Along one dimension of the mesh after the other, from its first place: all end with those of the first process.
+            for group in reversed(shards.groups):
+                source = torch.distributed.get_process_group_ranks(group)[0]
+                torch.distributed.broadcast(state, source, group=group)
             generator.set_state(state.cpu())
 
 

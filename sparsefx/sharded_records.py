@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsefx.errors import OptimizerError, StateError
 from sparsefx.patterns import Block, Channel, NOfM, Pattern, Transposable
-from sparsefx.shards import Shards, gather, is_distributed, shards_of
+from sparsefx.shards import Shards, gather_among, is_distributed, shards_of
 from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
 
 
@@ -97,9 +97,10 @@ def refuse_distributed(model: nn.Module, caller: str, remedy: str) -> None:
 def _expect_same_masks(record: SparseParameter, shards: Shards, name: str) -> None:
     if record.mask.is_meta:
         return
-    device = shards.mesh.device_type
-    mine = torch.tensor([_checksum(record.mask)], device=device)
-    if bool((gather(mine, shards) != mine).any()):
+    mine = torch.tensor([_checksum(record.mask)])
+    # All are asked before any is looked at: no process may wait for one that has raised.
+    found = [gather_among(group, mine, shards.mesh.device_type) for group in shards.groups]
+    if any(bool((sums != mine).any()) for sums in found):
         raise StateError(
             f"processes have chosen different masks for {name}, so their weights differ; build the model from the same seed (or "
             "load the same weights) on every process before sparsefx.sparsify"

@@ -46,6 +46,11 @@ class Shards:
         return self.shape.numel()
 
     @property
+    def groups(self) -> list[Any]:
+        """The processes along each dimension of the mesh: those that share the parameter, and those that repeat its parts."""
+        return [self.mesh.get_group(dimension) for dimension in range(self.mesh.ndim)]
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The processes, by their global ranks: equal for two shardings over the same processes."""
         return tuple(torch.distributed.get_process_group_ranks(self.group))
@@ -129,9 +134,9 @@ def totals(counts: Sequence[float], shards: Sequence[Shards | None]) -> list[flo
     for places in by_group(shards).values():
         first = shards[places[0]]
         assert first is not None
-        mine = torch.tensor([counts[place] for place in places], dtype=torch.float64, device=first.mesh.device_type)
-        for place, value in zip(places, gather(mine, first).cpu(), strict=True):
-            result[place] = float(torch.stack(list(value)).cumsum(0)[-1]) if value.numel() else 0.0
+        mine = torch.tensor([counts[place] for place in places], dtype=torch.float64)
+        for place, value in zip(places, gather(mine, first), strict=True):
+            result[place] = sum(value.tolist())
     return result
 
 
@@ -147,9 +152,22 @@ def anywhere(flag: bool, shards: Shards | None) -> bool:
 
 def gather(values: Tensor, shards: Shards) -> Tensor:
     """``[..., processes]`` of the ``[...]`` of each process."""
-    parts = [torch.empty_like(values) for _ in shards.ranks]
-    torch.distributed.all_gather(parts, values.contiguous(), group=shards.group)
-    return torch.stack(parts, dim=-1)
+    return gather_among(shards.group, values, shards.mesh.device_type)
+
+
+def gather_among(group: Any, values: Tensor, device: str) -> Tensor:
+    """`gather` among any processes. What lies elsewhere (parameters kept on the CPU) is sent from the mesh's device."""
+    sent = values.to(device).contiguous()
+    parts = [torch.empty_like(sent) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, sent, group=group)
+    return torch.stack(parts, dim=-1).to(values.device)
+
+
+def add_up(values: Tensor, shards: Shards) -> Tensor:
+    """The sum of whole numbers over processes, element by element."""
+    sent = values.to(shards.mesh.device_type, copy=True)
+    torch.distributed.all_reduce(sent, group=shards.group)
+    return sent.to(values.device)
 
 
 def by_group(shards: Sequence[Shards | None]) -> dict[tuple[int, ...], list[int]]:

@@ -67,8 +67,8 @@ def same_run(
     models = [sparsefx.sparsify(net(), pattern=pattern, algorithm=algorithm) for _ in range(2)]
     models[1] = sharded(models[1])
     optimizers = [make(model.parameters()) for model in models]
-    for model, one in zip(models, optimizers, strict=True):
-        sparsefx.attach(model, one, total_steps=20, **options)
+    for model, one, seed in zip(models, optimizers, (0, torch.distributed.get_rank()), strict=True):
+        sparsefx.attach(model, one, total_steps=20, generator=torch.Generator().manual_seed(seed), **options)
     first, moved = sparsefx.masks(models[0]), False
     for number in range(8):
         with torch.no_grad():
@@ -87,7 +87,7 @@ def same_run(
 
 
 def test_a_sharded_run_is_that_of_one_process(tmp_path: Path) -> None:
-    assert run_on(2, _runs, tmp_path) == [[""] * 14, [""] * 14]
+    assert run_on(2, _runs, tmp_path) == [[""] * 15, [""] * 15]
 
 
 def _runs(rank: int) -> list[str]:
@@ -105,6 +105,9 @@ def _runs(rank: int) -> list[str]:
         same_run(shard, part, "sparse-momentum", "unstructured", rewire_every=3, growth="global", drop="global"),
         same_run(shard, part, "set", "block:1x4", rewire_every=3),
     ]
+    # HSDP: two processes that repeat each other, each holding its only shard.
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    found.append(same_run(lambda model: shard(model, mesh=mesh), part, "set", "unstructured", rewire_every=3))
     # Every process gets all of the batch; the first weight is cut by rows, the second by columns, the third not at all.
     everything = slice(None)
     for algorithm, pattern in (("magnitude", "2:4"), ("magnitude", "unstructured"), ("rigl", "2:4"), ("rigl", "unstructured")):

@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sparsefx.shards import Shards, by_group, gather
+from sparsefx.shards import Shards, add_up, by_group, gather
 
 _DIGIT = 11  # bits: 2048 bins a ranking, in 3 rounds for float32 and 6 for float64
 
@@ -91,7 +91,7 @@ def _thresholds(keys: Sequence[Tensor], left: Tensor, bits: int, shards: Shards)
                 for key, prefix in zip(keys, found, strict=True)
             ]
         )
-        torch.distributed.all_reduce(bins, group=shards.group)
+        bins = add_up(bins, shards)
         at_least = bins.flip(1).cumsum(1).flip(1)
         digit = (at_least >= left.unsqueeze(1)).sum(1) - 1
         above = at_least.gather(1, digit.unsqueeze(1)).squeeze(1) - bins.gather(1, digit.unsqueeze(1)).squeeze(1)

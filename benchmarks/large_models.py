@@ -6,7 +6,7 @@ good with `sparsefx.mask_once` takes at most one more layer's memory at any time
 
 Memory is the process's peak resident set (VmHWM), reset before each measurement, above what is resident then; Linux only. The
 peer (``--peer``) is `sparsefx.sparsify` with static masks and `sparsefx.finalize`, which keeps masks and a way back until it is
-done, and so takes more than the model's memory once more. Largest layer: bytes of the largest weight that becomes sparse.
+done. Largest layer: bytes of the largest weight that becomes sparse.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ def run_on(processes: int, scenario: Scenario, folder: Path) -> list[Any]:
 def _process(rank: int, processes: int, scenario: Scenario, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/{scenario.__name__}.store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    torch.distributed.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=processes, timeout=timedelta(minutes=10)
+    )
     torch.save(scenario(rank), f"{folder}/{scenario.__name__}.{rank}.pt")
     torch.distributed.destroy_process_group()

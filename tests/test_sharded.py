@@ -60,13 +60,12 @@ def whole(value: Tensor) -> Tensor:
 
 
 def same_run(
-    sharded: Callable[[nn.Module], nn.Module], part: slice, algorithm: str, pattern: str, optimizer: Any = None, **options: Any
+    sharded: Callable[[nn.Module], nn.Module], part: slice, algorithm: str, pattern: str, rows: int = 6, **options: Any
 ) -> str:
     """Train a sharded model beside a whole one; empty where masks were equal at every step and weights are to 1e-9."""
-    make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, 1e-2))
-    models = [sparsefx.sparsify(net(), pattern=pattern, algorithm=algorithm) for _ in range(2)]
+    models = [sparsefx.sparsify(net(rows=rows), pattern=pattern, algorithm=algorithm) for _ in range(2)]
     models[1] = sharded(models[1])
-    optimizers = [make(model.parameters()) for model in models]
+    optimizers = [torch.optim.AdamW(model.parameters(), 1e-2) for model in models]
     for model, one, seed in zip(models, optimizers, (0, torch.distributed.get_rank()), strict=True):
         sparsefx.attach(model, one, total_steps=20, generator=torch.Generator().manual_seed(seed), **options)
     first, moved = sparsefx.masks(models[0]), False
@@ -87,7 +86,7 @@ def same_run(
 
 
 def test_a_sharded_run_is_that_of_one_process(tmp_path: Path) -> None:
-    assert run_on(2, _runs, tmp_path) == [[""] * 15, [""] * 15]
+    assert run_on(2, _runs, tmp_path) == [[""] * 17, [""] * 17]
 
 
 def _runs(rank: int) -> list[str]:
@@ -105,6 +104,9 @@ def _runs(rank: int) -> list[str]:
         same_run(shard, part, "sparse-momentum", "unstructured", rewire_every=3, growth="global", drop="global"),
         same_run(shard, part, "set", "block:1x4", rewire_every=3),
     ]
+    # One row: the second process holds nothing of the last layer.
+    found.append(same_run(shard, part, "magnitude", "2:4", rows=1, exploit="none"))
+    found.append(same_run(shard, part, "rigl", "unstructured", rows=1, rewire_every=3))
     # HSDP: two processes that repeat each other, each holding its only shard.
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     found.append(same_run(lambda model: shard(model, mesh=mesh), part, "set", "unstructured", rewire_every=3))
@@ -119,7 +121,7 @@ def _runs(rank: int) -> list[str]:
 def test_what_cannot_be_decided_shard_by_shard_is_refused_with_the_reason(tmp_path: Path) -> None:
     for told in run_on(2, _refusals, tmp_path):
         assert [text for _, text, expected in told if expected not in text] == []
-        assert len(told) == 14
+        assert len(told) == 15
 
 
 def _refusals(rank: int) -> list[tuple[str, str, str]]:
@@ -147,6 +149,8 @@ def _refusals(rank: int) -> list[tuple[str, str, str]]:
     refused("each process holds 6 of 12", lambda: sparsefx.finalize(made("2:4-transposable", rows=12)))
     placed = {"shard_placement_fn": lambda parameter: Shard(1) if parameter.dim() == 2 else Shard(0)}
     refused("groups of 16 along axis 1, but each process holds 8 of 16", lambda: attached(made("8:16", **placed)))
+    transposed = sparsefx.sparsify(nn.Sequential(nn.ConvTranspose2d(16, 16, 3)), pattern="8:16")
+    refused("groups of 16 along axis 0, but each process holds 8 of 16", lambda: attached(fully_shard(transposed)))
     refused("it looks at whole layers", lambda: attached(made("unstructured", "deep-r")))
     refused(
         "among the neurons of a whole layer",
@@ -170,7 +174,7 @@ def _refusals(rank: int) -> list[tuple[str, str, str]]:
 def test_checkpoints_overflows_divergence_and_the_meta_device(tmp_path: Path) -> None:
     for found in run_on(2, _life, tmp_path):
         assert {name for name, held in found.items() if not held} == set()
-        assert len(found) == 9
+        assert len(found) == 10
 
 
 def _life(rank: int) -> dict[str, bool]:
@@ -193,6 +197,7 @@ def _life(rank: int) -> dict[str, bool]:
     masks = sparsefx.masks(fresh)
     held["masks are those saved"] = all(torch.equal(whole(m), whole(masks[n])) for n, m in sparsefx.masks(model).items())
     held["the step is that saved"] = again.step == 5
+    held["a fused optimizer skips steps too"] = _fused_skips(rank)
     # A GradScaler that finds infinity on one process skips the step on both.
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     optimizer.zero_grad()
@@ -231,6 +236,28 @@ def _life(rank: int) -> dict[str, bool]:
     sparsefx.finalize(empty)
     held["finalize leaves sparse shards"] = int((whole(empty[0].weight) != 0).sum()) == 16 * 32 // 4 and not sparsefx.masks(empty)
     return held
+
+
+def _fused_skips(rank: int) -> bool:
+    model = shard(sparsefx.sparsify(net()))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=True)
+    runtime = sparsefx.attach(model, optimizer, total_steps=10, exploit="none")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    counts = []
+    for number in range(3):
+        optimizer.zero_grad()
+        scaler.scale(model(batch(number)[rank::2]).square().mean()).backward()
+        if number == 1 and rank == 1:
+            model[0].weight.grad.to_local()[0, 0] = float("inf")
+        before = [whole(sparsefx.masks(model)["0.weight"]), whole(model[0].weight).clone()]
+        scaler.step(optimizer)
+        scaler.update()
+        counts.append(runtime.step)
+        if number == 1 and not (
+            torch.equal(before[0], whole(sparsefx.masks(model)["0.weight"])) and torch.equal(before[1], whole(model[0].weight))
+        ):
+            return False
+    return counts == [1, 1, 2]
 
 
 def test_a_distributed_checkpoint_of_replicas_resumes_in_one_process(tmp_path: Path) -> None:

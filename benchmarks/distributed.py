@@ -1,9 +1,12 @@
-"""Claim: under DistributedDataParallel all ranks have the same masks at every step, and the weights and masks of one process that
-trains on the joined batch. A run saved on some ranks goes on with any number of them.
+"""Claim: under DistributedDataParallel and FSDP2 (`fully_shard`) all ranks have the same masks at every step, and the weights and
+masks of one process that trains on the joined batch. A run saved on some ranks goes on with any number of them.
 
     torchrun --nproc-per-node 2 benchmarks/distributed.py
     torchrun --nproc-per-node 2 benchmarks/distributed.py --save FILE
     torchrun --nproc-per-node 4 benchmarks/distributed.py --resume FILE
+
+``--kinds`` chooses among ``ddp``, ``ddp-bare`` (no broadcast of buffers, gradients as views of buckets) and ``fsdp``.
+DDP saves one file with `sparsefx.save`; FSDP2 a folder with ``torch.distributed.checkpoint``, which cuts it anew for other ranks.
 
 Processes meet over gloo, on the CPU, in float64: the gradients of a joined batch and the mean of its parts' differ by rounding
 only, which is far from deciding a mask. Masks have to be equal, weights to 1e-9 of the largest.
@@ -20,7 +23,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 
 import sparsefx
 
@@ -37,6 +43,11 @@ METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("rigl", "2:4-transposable", {"rewire_every": 5}),
     ("rigl", "unstructured", {"rewire_every": 5}),
 )
+KINDS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp-bare": {"broadcast_buffers": False, "gradient_as_bucket_view": True},
+    "fsdp": {},
+}
 TOLERANCE = 1e-9
 BATCH = 16  # of all ranks together
 
@@ -57,16 +68,30 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - x.sin()).square().mean()
 
 
-class Training:
-    """One run: a model, or a replica of it, that makes steps on its part of each batch."""
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that processes share."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
-    def __init__(self, method: int, steps: int, *, seed: int, replica: dict[str, Any] | None) -> None:
+
+class Training:
+    """One run: a model alone (``kind`` None), or wrapped, that makes steps on its part of each batch."""
+
+    def __init__(self, method: int, steps: int, *, kind: str | None) -> None:
         algorithm, pattern, options = METHODS[method]
-        self.model = sparsefx.sparsify(net(seed), pattern=pattern, algorithm=algorithm)
-        self.runs = self.model if replica is None else nn.parallel.DistributedDataParallel(self.model, **replica)
-        self.part = slice(None) if replica is None else slice(dist.get_rank(), None, dist.get_world_size())
+        rank = 0 if kind is None else dist.get_rank()
+        # Replicas start from different weights, masks and generators: DDP and attach have to make them one. Shards need one seed.
+        self.model = sparsefx.sparsify(net(0 if kind == "fsdp" else rank), pattern=pattern, algorithm=algorithm)
+        self.runs: nn.Module = self.model
+        if kind == "fsdp":
+            for layer in self.model:
+                if isinstance(layer, nn.Linear):
+                    fully_shard(layer)
+            fully_shard(self.model)
+        elif kind is not None:
+            self.runs = nn.parallel.DistributedDataParallel(self.model, **KINDS[kind])
+        self.part = slice(None) if kind is None else slice(rank, None, dist.get_world_size())
         self.optimizer = torch.optim.SGD(self.runs.parameters(), 0.2, momentum=0.9)
-        generator = torch.Generator().manual_seed(seed)  # replicas are to take that of rank 0
+        generator = torch.Generator().manual_seed(rank)
         self.runtime = sparsefx.attach(self.runs, self.optimizer, total_steps=steps, generator=generator, **options)
 
     def step(self, number: int) -> None:
@@ -76,7 +101,32 @@ class Training:
 
     def masks(self) -> Tensor:
         """All masks in one row of bytes."""
-        return torch.cat([mask.flatten() for mask in sparsefx.masks(self.model).values()]).to(torch.uint8)
+        return torch.cat([whole(mask).flatten() for mask in sparsefx.masks(self.model).values()]).to(torch.uint8)
+
+    def state(self) -> dict[str, Any]:
+        """What a distributed checkpoint holds."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "sparsity": self.runtime.state_dict(),
+        }
+
+    def save(self, path: str, kind: str) -> None:
+        if kind == "fsdp":
+            dcp.save(self.state(), checkpoint_id=path)
+        elif dist.get_rank() == 0:
+            sparsefx.save(self.runs, path, runtime=self.runtime, extra={"optimizer": self.optimizer.state_dict()})
+
+    def load(self, path: str, kind: str) -> None:
+        if kind == "fsdp":
+            state = self.state()
+            dcp.load(state, checkpoint_id=path)
+            self.model.load_state_dict(state["model"])
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+            self.runtime.load_state_dict(state["sparsity"])
+        else:
+            loaded = sparsefx.load(self.runs, path, runtime=self.runtime)
+            self.optimizer.load_state_dict(loaded.extra["optimizer"])
 
 
 def same_on_all_ranks(values: Tensor) -> bool:
@@ -87,41 +137,34 @@ def same_on_all_ranks(values: Tensor) -> bool:
 
 def distance(one: nn.Module, other: nn.Module) -> float:
     """The largest difference between weights, as a share of the largest weight."""
-    pairs = list(zip(one.parameters(), other.parameters(), strict=True))
-    largest = max(float(b.detach().abs().max()) for _, b in pairs)
-    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs) / largest
+    pairs = [(whole(a.detach()), whole(b.detach())) for a, b in zip(one.parameters(), other.parameters(), strict=True)]
+    largest = max(float(b.abs().max()) for _, b in pairs)
+    return max(float((a - b).abs().max()) for a, b in pairs) / largest
 
 
-def check(method: int, steps: int, replica: dict[str, Any], first: int = 0, path: str | None = None, save: bool = False) -> bool:
+def check(method: int, steps: int, kind: str, first: int = 0, path: str | None = None, save: bool = False) -> bool:
     """Run all ranks against one process; True where masks are equal at every step and weights within the tolerance."""
-    rank = dist.get_rank()
-    single = Training(method, steps, seed=0, replica=None)
-    # Ranks start from different weights, masks and generators: DDP and attach have to make them one.
-    joint = Training(method, steps, seed=rank, replica=replica)
-    last = steps
+    single, joint = Training(method, steps, kind=None), Training(method, steps, kind=kind)
     if path is not None and not save:
         for number in range(first):
             single.step(number)
-        loaded = sparsefx.load(joint.runs, path, runtime=joint.runtime)
-        joint.optimizer.load_state_dict(loaded.extra["optimizer"])
-    elif save:
-        last = steps // 2
+        joint.load(path, kind)
     moved, equal, start = 0, True, joint.masks()
-    for number in range(first, last):
+    for number in range(first, steps // 2 if save else steps):
         single.step(number)
         joint.step(number)
         masks = joint.masks()
         equal = equal and same_on_all_ranks(masks) and torch.equal(masks, single.masks())
         moved = max(moved, int((masks != start).sum()))
     off = distance(joint.model, single.model)
-    if save and path is not None and rank == 0:
-        sparsefx.save(joint.runs, path, runtime=joint.runtime, extra={"optimizer": joint.optimizer.state_dict()})
+    if save and path is not None:
+        joint.save(path, kind)
     held = equal and off <= TOLERANCE and moved > 0
-    if rank == 0:
+    if dist.get_rank() == 0:
         algorithm, pattern, _ = METHODS[method]
         print(
-            f"{algorithm:16} {pattern:20} {', '.join(f'{k}={v}' for k, v in replica.items()) or 'defaults':24} "
-            f"masks equal: {equal}, moved {moved}, weights off by {off:.1e}: {'held' if held else 'FAILED'}"
+            f"{kind:9} {algorithm:16} {pattern:20} masks equal: {equal}, moved {moved}, weights off by {off:.1e}: "
+            f"{'held' if held else 'FAILED'}"
         )
     return held
 
@@ -129,8 +172,9 @@ def check(method: int, steps: int, replica: dict[str, Any], first: int = 0, path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--save", type=Path, help="train the first half and save to FILE.METHOD")
-    parser.add_argument("--resume", type=Path, help="go on from FILE.METHOD")
+    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
+    parser.add_argument("--save", type=Path, help="train the first half and save to FILE.KIND.METHOD")
+    parser.add_argument("--resume", type=Path, help="go on from FILE.KIND.METHOD")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     dist.init_process_group("gloo")
@@ -138,14 +182,15 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, gloo, {dist.get_world_size()} processes")
     held = True
-    for method in range(len(METHODS)):
-        if given.save is not None:
-            held = check(method, given.steps, {}, path=f"{given.save}.{method}", save=True) and held
-        elif given.resume is not None:
-            held = check(method, given.steps, {}, first=given.steps // 2, path=f"{given.resume}.{method}") and held
-        else:
-            held = check(method, given.steps, {}) and held
-            held = check(method, given.steps, {"broadcast_buffers": False, "gradient_as_bucket_view": True}) and held
+    for kind in given.kinds:
+        for method in range(len(METHODS)):
+            if given.save is not None:
+                held = check(method, given.steps, kind, path=f"{given.save}.{kind}.{method}", save=True) and held
+            elif given.resume is not None:
+                first = given.steps // 2
+                held = check(method, given.steps, kind, first=first, path=f"{given.resume}.{kind}.{method}") and held
+            else:
+                held = check(method, given.steps, kind) and held
     dist.destroy_process_group()
     if not held:
         raise SystemExit(1)

@@ -7,6 +7,7 @@ from sparsefx.api import attach, audit, export_onnx, export_parts, finalize, gra
 from sparsefx.channel_order import channel_order, permute_channels
 from sparsefx.errors import SparsefxError
 from sparsefx.lottery import lottery_ticket
+from sparsefx.mask_once import mask_once
 from sparsefx.narrow import small_baseline
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
@@ -48,6 +49,7 @@ __all__ = [
     "kept_magnitude",
     "load",
     "lottery_ticket",
+    "mask_once",
     "masks",
     "patterns",
     "permute_channels",

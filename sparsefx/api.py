@@ -29,8 +29,11 @@ from sparsefx.patterns import Pattern
 from sparsefx.report import Audit, LayerReport
 from sparsefx.runtime import MaskRuntime
 from sparsefx.schedules import DensitySchedule, density_at
+from sparsefx.sharded_records import refuse_distributed, share_out
+from sparsefx.shards import values_of
 from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, expect_masked, sparse_parameters
 
+_ON_ONE_PROCESS = "do that on one process, with a model that a checkpoint is loaded into before (or without) fully_shard"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -89,6 +92,7 @@ def sparsify(
         raise StateError(
             "sparsify was given a model that is sparsified already; call sparsefx.finalize(model) first to choose again"
         )
+    refuse_distributed(model, "sparsify", "call sparsify before fully_shard or parallelize_module, and attach after it")
     chosen = _pattern(pattern, "sparsify")
     expect_generator(generator)
     resolved = chosen.resolve_density(density)
@@ -129,7 +133,7 @@ def sparsify(
                 density=moves.first_density(share),
                 target=None if moves.first_density(share) == share else share,
                 reduction_axis=row.reduction_axis,
-                mask=torch.empty_like(weight, dtype=torch.bool).copy_(mask),
+                mask=mask if mask.stride() == weight.stride() else torch.empty_like(weight, dtype=torch.bool).copy_(mask),
                 dormant=weight.masked_fill(mask, 0),
                 algorithm=moves,
             )
@@ -265,6 +269,7 @@ def graph(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         CaptureError: the model as a whole cannot be captured as one graph.
     """
     _expect_module(model, "graph")
+    refuse_distributed(model, "graph", _ON_ONE_PROCESS)
     if not has_records(model):
         raise StateError("graph was given a model that is not sparsified; call sparsefx.sparsify(model) first")
     if example_inputs is None:
@@ -274,9 +279,10 @@ def graph(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks by full parameter name: bool, in the parameter's shape, True where a weight participates (copies)."""
+    """The masks by full parameter name: bool, in the parameter's shape, True where a weight participates (copies; of
+    sharded parameters DTensors, cut alike)."""
     _expect_module(model, "masks")
-    return {name: record.mask.clone() for name, _, record in sparse_parameters(model)}
+    return {name: record.distributed(record.mask.clone()) for name, _, record in sparse_parameters(model)}
 
 
 def finalize(model: Model) -> Model:
@@ -289,13 +295,14 @@ def finalize(model: Model) -> Model:
     _expect_module(model, "finalize")
     if not has_records(model):
         raise StateError("finalize was given a model that is not sparsified; there is nothing to bake in")
+    share_out(model)
     found = list(sparse_parameters(model))
     for name, parameter, record in found:
         expect_masked(name, parameter, record)
-        _expect_finite(name, parameter.detach())
+        _expect_finite(name, values_of(parameter))
     with torch.no_grad():
         for _, parameter, record in found:
-            weight = parameter.detach()
+            weight = values_of(parameter)
             record.settle(weight)
             record.follow(weight)
             weight.masked_fill_(~record.mask, 0)
@@ -320,6 +327,7 @@ def audit(
     eligible layer instead of refusing it.
     """
     _expect_module(model, "audit")
+    refuse_distributed(model, "audit", _ON_ONE_PROCESS)
     own = [record for module, record in model_records(model) if module is model]
     if own:
         record = own[0]
@@ -380,6 +388,7 @@ def export_onnx(
         NonFiniteError: a weight holds NaN or infinity.
     """
     _expect_module(model, "export_onnx")
+    refuse_distributed(model, "export_onnx", _ON_ONE_PROCESS)
     return lower_onnx(
         model,
         example_inputs,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsefx.loaded_densities import keep_whole
+from sparsefx.ops.masks_of_shards import choose_of_shards
+from sparsefx.ops.split import rewire_masks
 from sparsefx.patterns import GlobalUnstructured
+from sparsefx.sharded_records import share_out
+from sparsefx.shards import anywhere, counts_of, is_distributed, totals, values_of
 from sparsefx.sparse_parameter import SparseParameter, records_of, sparse_parameters
 
 
@@ -40,7 +46,7 @@ def adopt(record: SparseParameter, parameter: nn.Parameter) -> None:
     is kept whole and a dense one loses its smallest weights; what does not participate becomes dormant. A mask cannot be
     chosen by NaN: there the present one stays, and the runtime, `finalize` and the export tell.
     """
-    weight = parameter.detach()
+    weight = values_of(parameter)
     if weight.is_meta:
         return
     record.settle(weight)
@@ -48,25 +54,36 @@ def adopt(record: SparseParameter, parameter: nn.Parameter) -> None:
         record.mask = torch.zeros_like(weight, dtype=torch.bool)
         record.dormant = None if record.dormant is None else torch.zeros_like(weight)
     record.follow(weight)
-    if bool((weight.masked_fill(record.mask, 0) != 0).any()):
-        if bool(torch.isfinite(weight).all()):
+    # Of sharded parameters every process has to come to the same conclusion.
+    if _leaves_out(record.mask, weight, record):
+        if not anywhere(not bool(torch.isfinite(weight).all()), record.shards):
             record.mask.copy_(_mask_for(record, weight))
             record.threshold = None
         left_out = weight.masked_fill(record.mask, 0)
         if record.dormant is not None:
             record.dormant.copy_(left_out)
-        record.left_out = left_out if bool((left_out != 0).any()) else None
+        record.left_out = left_out if _leaves_out(record.mask, weight, record) else None
     weight.masked_fill_(~record.mask, 0)
+
+
+def _leaves_out(mask: Tensor, weight: Tensor, record: SparseParameter) -> bool:
+    return anywhere(bool((weight.masked_fill(mask, 0) != 0).any()), record.shards)
 
 
 def _mask_for(record: SparseParameter, weight: Tensor) -> Tensor:
     if isinstance(record.pattern, GlobalUnstructured):
         return weight != 0  # the threshold is one over all layers: it is found when all are loaded
     # The non-zeros of a sparse checkpoint stay, however small they are beside the others.
-    whole = record.pattern.mask((weight != 0).to(torch.float32), record.density, reduction_axis=record.reduction_axis)
-    if not bool((weight.masked_fill(whole, 0) != 0).any()):
-        return whole
-    return record.pattern.mask(weight, record.density, reduction_axis=record.reduction_axis)
+    whole = _best(record, (weight != 0).to(torch.float32))
+    return whole if not _leaves_out(whole, weight, record) else _best(record, weight)
+
+
+def _best(record: SparseParameter, scores: Tensor) -> Tensor:
+    if record.shards is None:
+        return record.pattern.mask(scores, record.density, reduction_axis=record.reduction_axis)
+    chosen = replace(record, mask=torch.empty_like(record.mask))
+    choose_of_shards([([chosen], [scores], record.density)])
+    return chosen.mask
 
 
 def _before_loading(
@@ -83,7 +100,9 @@ def _after_loading(module: nn.Module, incompatible_keys: Any) -> None:
         record.loading = None
         if parameter is None or loaded is None:
             continue
-        if parameter.device == loaded.device and parameter.data_ptr() == loaded.data_ptr() and not parameter.is_meta:
+        if is_distributed(parameter):
+            share_out(module)
+        elif parameter.device == loaded.device and parameter.data_ptr() == loaded.data_ptr() and not parameter.is_meta:
             parameter.data = parameter.detach().clone()  # load_state_dict(assign=True): the caller's tensor stays as it is
         record.merged = False
         adopt(record, parameter)
@@ -92,22 +111,32 @@ def _after_loading(module: nn.Module, incompatible_keys: Any) -> None:
 @torch.no_grad()
 def _after_loading_all(model: nn.Module, incompatible_keys: Any) -> None:
     """What one layer alone could not tell: another name of a tied parameter was loaded last, or one threshold over all."""
+    share_out(model)
     for _, parameter, record in sparse_parameters(model):
         adopt(record, parameter)
-    records = [(parameter.detach(), record) for _, parameter, record in sparse_parameters(model)]
+    records = [(values_of(parameter), record) for _, parameter, record in sparse_parameters(model)]
     keep_whole(records)
     for _, record in records:
         record.left_out = None
-    found = [(p.detach(), record) for _, p, record in sparse_parameters(model) if isinstance(record.pattern, GlobalUnstructured)]
-    if not found or any(weight.is_meta or not bool(torch.isfinite(weight).all()) for weight, _ in found):
+    cut_to_one_threshold(records)
+
+
+@torch.no_grad()
+def cut_to_one_threshold(records: Sequence[tuple[Tensor, SparseParameter]]) -> None:
+    """Where layers that share one threshold hold more weights than it lets participate, choose their masks together."""
+    found = [(weight, record) for weight, record in records if isinstance(record.pattern, GlobalUnstructured)]
+    if not found or any(weight.is_meta for weight, _ in found):
         return
-    pattern, density = found[0][1].pattern, found[0][1].density
-    assert isinstance(pattern, GlobalUnstructured)
-    if sum(int(record.mask.sum()) for _, record in found) <= round(density * sum(weight.numel() for weight, _ in found)):
+    shards = [record.shards for _, record in found]
+    if any(totals([float(not bool(torch.isfinite(weight).all())) for weight, _ in found], shards)):
+        return
+    density = found[0][1].density
+    sizes = [weight.numel() if record.shards is None else record.shards.numel for weight, record in found]
+    if sum(counts_of([record.mask for _, record in found], shards)) <= round(density * sum(sizes)):
         return
     dense = [weight if record.dormant is None else torch.where(record.mask, weight, record.dormant) for weight, record in found]
-    for (weight, record), values, kept in zip(found, dense, pattern.masks(dense, density), strict=True):
-        record.mask.copy_(kept)
+    rewire_masks(dense, [record for _, record in found])
+    for (weight, record), values in zip(found, dense, strict=True):
         if record.dormant is not None:
-            record.dormant.copy_(values.masked_fill(kept, 0))
-        weight.copy_(values.masked_fill(~kept, 0))
+            record.dormant.copy_(values.masked_fill(record.mask, 0))
+        weight.copy_(values.masked_fill(~record.mask, 0))

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsefx.algorithms.base import Algorithm
 from sparsefx.errors import OptimizerError, StateError
 from sparsefx.patterns import GlobalUnstructured
+from sparsefx.shards import is_distributed, values_of
 from sparsefx.sparse_parameter import SparseParameter, expect_masked, records_of, sparse_parameters
 
 
@@ -49,6 +51,10 @@ class Followed:
         expect_masked(self.name, parameter, self.record)
         return parameter
 
+    def weight(self) -> Tensor:
+        """The parameter's values, of a sharded one those of this process; detached, so that changing them changes it."""
+        return values_of(self.parameter())
+
 
 def owners_of(model: nn.Module) -> dict[str, Followed]:
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -84,10 +90,16 @@ def plan_of(optimizers: Sequence[Optimizer], owners: dict[str, Followed], requir
                 f"{name} is updated by an optimizer fused into backward, whose steps cannot be followed; "
                 "use an ordinary optimizer and call optimizer.step() after backward"
             )
-        if type(parameter) is not nn.Parameter:
+        if type(parameter) is not nn.Parameter and not is_distributed(parameter):
             raise OptimizerError(
-                f"{name} has become a {type(parameter).__name__}, which a mask runtime cannot follow (sharded parameters are not "
-                "supported); train it unsharded, or finalize the model first"
+                f"{name} has become a {type(parameter).__name__}, which a mask runtime cannot follow; train it as a plain "
+                "Parameter, or finalize the model first"
+            )
+        if values_of(parameter).shape != entry.record.mask.shape:
+            raise OptimizerError(
+                f"{name} has shape {tuple(parameter.shape)}, but was sparsified with {tuple(entry.record.mask.shape)}: it was "
+                "flattened (as FullyShardedDataParallel does) or replaced since; use torch.distributed.fsdp.fully_shard, or "
+                "sparsify again"
             )
     plan: list[list[str]] = []
     taken: dict[str, int] = {}
@@ -109,6 +121,11 @@ def plan_of(optimizers: Sequence[Optimizer], owners: dict[str, Followed], requir
 
 
 def _expect_hookable(optimizer: object) -> None:
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise OptimizerError(
+            f"the {type(optimizer).__name__} makes its steps inside backward (overlap_with_ddp=True), where they cannot be "
+            "followed; create it without overlap_with_ddp"
+        )
     hookable = not isinstance(optimizer, type) and all(
         hasattr(optimizer, name)
         for name in ("param_groups", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "register_step_pre_hook")
@@ -121,8 +138,25 @@ def _expect_hookable(optimizer: object) -> None:
         )
 
 
+def refuse_shards(algorithm: Algorithm, owners: dict[str, Followed]) -> None:
+    """Raise OptimizerError where parameters are shared by processes, and the masks of this algorithm cannot be."""
+    shared = [name for name, entry in owners.items() if entry.record.shards is not None]
+    reason = algorithm.shards_refusal()
+    if shared and reason is not None:
+        raise OptimizerError(
+            f"{shared[0]} is sharded among processes, where algorithm {algorithm.name!r} cannot move masks: {reason}. Use "
+            "DistributedDataParallel, or another algorithm such as 'magnitude' or 'rigl'"
+        )
+
+
 def refuse_split_threshold(owners: dict[str, Followed], plan: Sequence[Sequence[str]]) -> None:
     together = {name for name, entry in owners.items() if isinstance(entry.record.pattern, GlobalUnstructured)}
+    places = {name: None if shards is None else shards.ranks for name in together for shards in (owners[name].record.shards,)}
+    if len(set(places.values())) > 1:
+        raise OptimizerError(
+            "layers that share one threshold (pattern 'unstructured:global') are sharded over different processes, or some are "
+            "not sharded; shard them alike, or use pattern 'unstructured'"
+        )
     for names in plan:
         missing = sorted(together - set(names))
         if missing and together & set(names):
@@ -130,6 +164,21 @@ def refuse_split_threshold(owners: dict[str, Followed], plan: Sequence[Sequence[
                 f"{missing[0]} shares one threshold (pattern 'unstructured:global') with layers of an optimizer that does not "
                 "hold it; give one optimizer all of them, or use pattern 'unstructured'"
             )
+
+
+def broadcast_generator(owners: dict[str, Followed], generator: torch.Generator) -> None:
+    """Processes that share parameters draw the same numbers: those of the first of them."""
+    seen: set[tuple[int, ...]] = set()
+    for entry in owners.values():
+        shards = entry.record.shards
+        if shards is not None and shards.ranks not in seen:
+            seen.add(shards.ranks)
+            state = generator.get_state().to(shards.mesh.device_type)
+            # Along one dimension of the mesh after the other, from its first place: all end with those of the first process.
+            for group in reversed(shards.groups):
+                source = torch.distributed.get_process_group_ranks(group)[0]
+                torch.distributed.broadcast(state, source, group=group)
+            generator.set_state(state.cpu())
 
 
 def broadcast_masks(model: nn.Module, generator: torch.Generator) -> None:

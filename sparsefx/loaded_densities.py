@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sparsefx.algorithms.allocate import allocate, none_empty
+from sparsefx.ops.select_shards import Ranking, largest_of_shards
 from sparsefx.patterns import Block, Unstructured
 from sparsefx.patterns.selection import largest, participating
 from sparsefx.patterns.units import spread_units, unit_scores, weights_per_unit
+from sparsefx.shards import counts_of
 from sparsefx.sparse_parameter import SparseParameter
 
 
@@ -33,9 +35,11 @@ def keep_whole(records: Sequence[tuple[Tensor, SparseParameter]]) -> None:
     size = sizes.pop()
     values = [w if r.left_out is None else torch.where(r.mask, w, r.left_out) for w, r in pool]
     used = [_units(value != 0, record) for value, (_, record) in zip(values, pool, strict=True)]
-    totals = [units.numel() for units in used]
-    needed = [int((units > 0).sum()) for units in used]
-    budget = sum(participating(record.density, weight.numel() // size) for weight, record in pool)
+    shards = [record.shards for _, record in pool]
+    numbers = [w.numel() if one is None else one.numel for (w, _), one in zip(pool, shards, strict=True)]
+    totals = [number // size for number in numbers]
+    needed = counts_of([units > 0 for units in used], shards)
+    budget = sum(participating(record.density, total) for (_, record), total in zip(pool, totals, strict=True))
     if sum(needed) > budget:
         return
     room = [total - count for total, count in zip(totals, needed, strict=True)]
@@ -44,7 +48,10 @@ def keep_whole(records: Sequence[tuple[Tensor, SparseParameter]]) -> None:
     for (weight, record), value, units, total, count in zip(pool, values, used, totals, kept, strict=True):
         # Places that take part with the value zero are not in a checkpoint: those of the present mask come first.
         preferred = (units > 0) * 2.0 + (_units(record.mask, record) > 0)
-        chosen = largest(preferred, count)
+        if record.shards is None:
+            chosen = largest(preferred, count)
+        else:
+            chosen = largest_of_shards([Ranking([preferred], [record.shards], count)])[0][0]
         record.mask.copy_(spread_units(record.pattern, chosen, record.mask, record.reduction_axis))
         record.density = count / total
         record.threshold = None

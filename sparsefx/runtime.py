@@ -18,22 +18,26 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsefx.algorithms.base import Algorithm, Split
 from sparsefx.algorithms.layer import Layer, Run
-from sparsefx.checkpoint import adopt
+from sparsefx.checkpoint import adopt, cut_to_one_threshold
 from sparsefx.errors import NonFiniteError
 from sparsefx.follow import (
     Followed,
+    broadcast_generator,
     broadcast_masks,
     owners_of,
     plan_of,
     refuse_double_following,
+    refuse_shards,
     refuse_split_threshold,
     runtime_of,
 )
 from sparsefx.model_record import model_records, watch
 from sparsefx.ops.split import merge, split
-from sparsefx.runtime_state import STATE_VERSION, check_state
-from sparsefx.runtime_steps import inside_its_own_step, step_was_skipped
+from sparsefx.runtime_state import STATE_VERSION, check_state, of_this_process
+from sparsefx.runtime_steps import is_no_training_step, step_was_skipped
 from sparsefx.schedules import DensitySchedule, density_at
+from sparsefx.sharded_records import reshard, share_out
+from sparsefx.shards import anywhere, by_group, is_distributed
 from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
 
 
@@ -61,14 +65,14 @@ class _OptimizerHooks:
             handle.remove()
         for entry in self.followed:
             if entry.alive():
-                entry.record.settle(entry.parameter().detach())
+                entry.record.settle(entry.weight())
 
     def _tensors(self, merged: bool) -> tuple[list[Tensor], list[SparseParameter]]:
         """The weights that are merged or not, and their records."""
         weights: list[Tensor] = []
         records: list[SparseParameter] = []
         for entry in self.followed:
-            weight = entry.parameter().detach()
+            weight = entry.weight()
             if entry.record.merged is merged:
                 entry.record.follow(weight)
                 weights.append(weight)
@@ -103,13 +107,12 @@ class _OptimizerHooks:
             return
         new: list[tuple[Followed, Layer]] = []
         for entry, layer in zip(self.followed, self.run.layers, strict=True):
-            gradient = layer.parameter.grad
-            if gradient is not None and entry.scaled != (id(gradient), gradient._version):
+            if layer.has_gradient and entry.scaled != _mark(layer.gradient):
                 new.append((entry, layer))
         if new:
             algorithm.edit_gradients(self.run, [layer for _, layer in new])
         for entry, layer in new:
-            entry.scaled = (id(layer.gradient), layer.gradient._version)
+            entry.scaled = _mark(layer.gradient)
 
     def _give_back_gradients(self) -> None:
         for parameter, gradient in self._hidden:
@@ -119,12 +122,14 @@ class _OptimizerHooks:
 
     def look_at_layers(self) -> None:
         """Bring the run's layers to what the model holds now."""
+        if any(entry.record.shards is not None and not is_distributed(entry.parameter()) for entry in self.followed):
+            self._runtime.reshard()
         self.run.layers = [Layer(entry.name, entry.parameter(), entry.record, self.run) for entry in self.followed]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if inside_its_own_step(optimizer):
+        if is_no_training_step(optimizer):
             return None
         if _count(optimizer) != self._held:
             self._runtime.follow_new(self)
@@ -164,7 +169,7 @@ class _OptimizerHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if inside_its_own_step(optimizer):
+        if is_no_training_step(optimizer):
             return
         self._give_back_gradients()
         if step_was_skipped(optimizer):
@@ -188,16 +193,19 @@ class _OptimizerHooks:
             if self.step % self._runtime.check_every:
                 return
             flag, self._non_finite = self._non_finite, None
-        if not bool(flag):
+        # Where weights are sharded, all processes stop, whichever of them found it.
+        shared = by_group([entry.record.shards for entry in self.followed])
+        first = [self.followed[positions[0]].record.shards for positions in shared.values()]
+        if not any([bool(flag), *(anywhere(bool(flag), shards) for shards in first)]):
             return
         bad = [
             entry.name
             for entry in self.followed
-            if not bool(torch.isfinite(entry.parameter()).all())
+            if not bool(torch.isfinite(entry.weight()).all())
             or (entry.record.dormant is not None and not bool(torch.isfinite(entry.record.dormant).all()))
         ]
         raise NonFiniteError(
-            f"NaN or infinity in the weights of {', '.join(bad[:5]) or 'a masked layer'} after optimizer step {self.step}: "
+            f"NaN or infinity in the weights of {', '.join(bad[:5]) or 'another process'} after optimizer step {self.step}: "
             "training diverged. Go back to the last checkpoint; lower the learning rate or clip gradients"
         )
 
@@ -223,10 +231,12 @@ class MaskRuntime:
         self.check_every = check_every
         self._model = model
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
+        share_out(model)
         owners = owners_of(model)
         self._names = tuple(owners)
         plan = plan_of(optimizers, owners)
         refuse_split_threshold(owners, plan)
+        refuse_shards(algorithm, owners)
         self._hooks: list[_OptimizerHooks] = []
         runs = [Run(optimizer, total_steps, steps_per_epoch, self._generator) for optimizer in optimizers]
         for run, names in zip(runs, plan, strict=True):
@@ -234,12 +244,18 @@ class MaskRuntime:
             algorithm.check(run)
         refuse_double_following(owners, plan, replace)
         broadcast_masks(model, self._generator)
+        broadcast_generator(owners, self._generator)
         for entry in owners.values():
             adopt(entry.record, entry.parameter())
             entry.record.left_out = None
+        cut_to_one_threshold([(entry.weight(), entry.record) for entry in owners.values()])
         for run, names in zip(runs, plan, strict=True):
             self._hooks.append(_OptimizerHooks(run, [owners[name] for name in names], self))
             self._claim(self._hooks[-1], self._hooks[-1].followed)
+
+    def reshard(self) -> None:
+        """Put FSDP2's sharded parameters in place, where an evaluation has left whole ones in the model."""
+        reshard(self._model)
 
     def _claim(self, hooks: _OptimizerHooks, entries: Iterable[Followed]) -> None:
         for _, model_record in model_records(self._model):
@@ -302,7 +318,8 @@ class MaskRuntime:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, dormant values, step counts and the random generator, as copies. Tensors and plain values only
-        (``weights_only`` loads it)."""
+        (``weights_only`` loads it); of sharded parameters DTensors, as ``torch.distributed.checkpoint`` takes them."""
+        reshard(self._model)
         parameters: dict[str, dict[str, Any]] = {}
         for hooks in self._hooks:
             for entry in hooks.followed:
@@ -310,9 +327,9 @@ class MaskRuntime:
                 parameters[entry.name] = {
                     "pattern": record.pattern.name,
                     "density": record.density,
-                    "mask": record.mask.clone(),
-                    "dormant": None if record.dormant is None else record.dormant.clone(),
-                    "state": {key: value.clone() for key, value in record.state.items()},
+                    "mask": record.distributed(record.mask.clone()),
+                    "dormant": None if record.dormant is None else record.distributed(record.dormant.clone()),
+                    "state": {key: record.distributed(value.clone()) for key, value in record.state.items()},
                 }
         return {
             "version": STATE_VERSION,
@@ -327,7 +344,7 @@ class MaskRuntime:
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise the StateError that `load_state_dict` would; nothing is changed."""
         records = {entry.name: entry.record for hooks in self._hooks for entry in hooks.followed}
-        check_state(state, records, self.algorithm.name, len(self._hooks))
+        check_state(of_this_process(state, records), records, self.algorithm.name, len(self._hooks))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -336,11 +353,13 @@ class MaskRuntime:
         Raises:
             StateError: the state is of another version, algorithm, set of parameters, pattern or shape.
         """
-        self.check_state_dict(state)
+        reshard(self._model)
         entries = {entry.name: entry for hooks in self._hooks for entry in hooks.followed}
+        state = of_this_process(state, {name: entry.record for name, entry in entries.items()})
+        self.check_state_dict(state)
         for name, saved in state["parameters"].items():
             entry = entries[name]
-            parameter = entry.parameter().detach()
+            parameter = entry.weight()
             entry.record.follow(parameter)
             if not entry.record.merged and entry.record.dormant is not None:
                 # What loading the model's state_dict could not let participate, the saved mask may.
@@ -358,6 +377,10 @@ class MaskRuntime:
             hooks.step = step
             hooks.run.values = dict(values)
         self._generator.set_state(state["generator"])
+
+
+def _mark(gradient: Tensor) -> tuple[int, int]:
+    return id(gradient), gradient._version
 
 
 def _count(optimizer: Optimizer) -> int:

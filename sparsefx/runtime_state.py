@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.errors import StateError
+from sparsefx.shards import is_distributed
 from sparsefx.sparse_parameter import SparseParameter
 
 STATE_VERSION = 2
@@ -71,6 +72,44 @@ def _is_random_state(state: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def of_this_process(state: Any, records: Mapping[str, SparseParameter]) -> Any:
+    """The state with this process's part of all that stands beside sharded parameters.
+
+    Raises:
+        StateError: a DTensor is placed in another way than its parameter, or has another shape.
+    """
+    if not isinstance(state, dict) or not _is_whole(state):
+        return state  # told by `check_state`
+
+    def part(value: Any, record: SparseParameter, name: str) -> Any:
+        shards = record.shards
+        if not isinstance(value, Tensor):
+            return value
+        if shards is None:
+            return value.full_tensor() if is_distributed(value) else value  # type: ignore[attr-defined]
+        return value if value.shape == record.mask.shape and not is_distributed(value) else shards.local(value, name)
+
+    parameters: dict[str, Any] = {}
+    for name, saved in state["parameters"].items():
+        record = records.get(name)
+        if record is None:
+            parameters[name] = saved
+            continue
+        beside = {
+            key: part(value, record, f"{key} of {name}") if _is_beside(value, record) else value
+            for key, value in saved["state"].items()
+        }
+        own = {key: part(saved[key], record, f"the {key} of {name}") for key in ("mask", "dormant")}
+        parameters[name] = {**saved, **own, "state": beside}
+    return {**state, "parameters": parameters}
+
+
+def _is_beside(value: Any, record: SparseParameter) -> bool:
+    return isinstance(value, Tensor) and (
+        is_distributed(value) or (record.shards is not None and value.shape == record.shards.shape)
+    )
 
 
 def _is_whole(state: dict[str, Any]) -> bool:

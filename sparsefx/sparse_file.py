@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsefx.atomic_file import replace_file
 from sparsefx.errors import OptionError, StateError
 from sparsefx.runtime import MaskRuntime
+from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_file_content import content_of
 from sparsefx.sparse_file_place import Plan, place
 from sparsefx.sparse_file_read import Content, read
@@ -63,6 +64,11 @@ def save(
         OptionError: the file cannot be written, or something in the model or in ``extra`` is neither tensor nor plain value.
     """
     _expect(model, runtime, "save")
+    refuse_distributed(
+        model,
+        "save",
+        'save with torch.distributed.checkpoint: {"model": model.state_dict(), "sparsity": runtime.state_dict(), ...}',
+    )
     if extra is not None and not (isinstance(extra, Mapping) and all(isinstance(key, str) for key in extra)):
         raise OptionError(f"save was given extra={type(extra).__name__}; expected a dict with texts as keys")
     try:
@@ -104,6 +110,9 @@ def load(
         StateError: the model is sparse with other patterns or in other layers than the file, or the runtime does not fit.
     """
     _expect(model, runtime, "load")
+    refuse_distributed(
+        model, "load", "load before fully_shard, attach after it, and give runtime.load_state_dict what load returned as .runtime"
+    )
     inner = _inner(model)
     name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else repr(path)
     content = read(name)

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsefx.errors import StateError
 from sparsefx.patterns.base import Pattern
+from sparsefx.shards import Shards
 
 if TYPE_CHECKING:  # algorithms work on these records, so they are imported after this file
     from sparsefx.algorithms.base import Algorithm
@@ -45,6 +46,7 @@ class SparseParameter:
         runtime: the MaskRuntime that moves this mask, if one does; not copied and not pickled.
         warning: the hook that warns of training without a runtime; not copied and not pickled.
         left_out: values of the last loaded state_dict that the mask has no room for, until the whole model is loaded.
+        shards: how the parameter, and all that stands beside it, is cut among processes; None where this one has it whole.
         loading: the tensor that is about to be loaded into the parameter, while a state_dict is.
     """
 
@@ -58,6 +60,7 @@ class SparseParameter:
     merged: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
     target: float | None = None
+    shards: Shards | None = None
     runtime: weakref.ReferenceType[Any] | None = field(default=None, repr=False)
     warning: RemovableHandle | None = field(default=None, repr=False)
     loading: Tensor | None = field(default=None, repr=False)
@@ -76,6 +79,10 @@ class SparseParameter:
         for name, value in self.state.items():
             if value.device != weight.device:
                 self.state[name] = value.to(weight.device)
+
+    def distributed(self, value: Tensor) -> Tensor:
+        """What stands beside this process's part of a sharded parameter as a DTensor like it; anything else as it is."""
+        return value if self.shards is None or value.shape != self.mask.shape else self.shards.distributed(value)
 
     @torch.no_grad()
     def settle(self, weight: Tensor) -> None:
@@ -138,9 +145,10 @@ def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Spa
 
 def expect_masked(name: str, parameter: nn.Parameter, record: SparseParameter) -> None:
     """Raise StateError where a mask can no longer be laid on its parameter, which the user replaced or converted."""
-    if parameter.shape != record.mask.shape:
+    shape = record.mask.shape if record.shards is None else record.shards.shape
+    if parameter.shape != shape:
         raise StateError(
-            f"{name} has shape {tuple(parameter.shape)}, but its mask has {tuple(record.mask.shape)}: the parameter was replaced "
+            f"{name} has shape {tuple(parameter.shape)}, but its mask has {tuple(shape)}: the parameter was replaced "
             "after sparsify; put one of the old shape back, or build the model anew and sparsify it as it is now"
         )
     if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:

@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Each layer may import itself and those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "report", "html", "schedules", "data", "inputs", "atomic_file", "plain_tree", "machine"),
+    ("errors", "report", "html", "schedules", "data", "inputs", "atomic_file", "plain_tree", "machine", "shards"),
     ("patterns",),
     (
         "algorithms",
         "ops",
         "sparse_parameter",
+        "sharded_records",
         "model_record",
         "checkpoint",
         "layers",
@@ -27,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot", "first_masks"),
     ("passes",),
-    ("api", "onnx_audit", "lottery", "pruning", "channel_order", "sparse_file", "narrow"),
+    ("api", "onnx_audit", "lottery", "mask_once", "pruning", "channel_order", "sparse_file", "narrow"),
     ("", "cli", "integrations", "demo"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,4 +1,5 @@
-"""DistributedDataParallel on two gloo processes that torchrun starts; the benchmark's own code, every method and pattern."""
+"""DistributedDataParallel and FSDP2 on two gloo processes that torchrun starts; the benchmark's own code, every method and
+pattern."""
 
 from __future__ import annotations
 
@@ -30,14 +31,15 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_ranks_equal_each_other_and_one_process_on_the_joined_batch() -> None:
     lines = torchrun(2)
-    assert len(lines) == 22
+    assert len(lines) == 33
     assert all("masks equal: True" in line and line.endswith("held") for line in lines)
-    assert sum("broadcast_buffers=False" in line for line in lines) == 11
+    assert [sum(line.startswith(kind) for line in lines) for kind in ("ddp ", "ddp-bare ", "fsdp ")] == [11, 11, 11]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 def test_a_run_saved_on_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
-    assert len(torchrun(2, "--save", str(tmp_path / "run"))) == 11
-    lines = torchrun(1, "--resume", str(tmp_path / "run"))
-    assert len(lines) == 11
+    kinds = ("--kinds", "ddp", "fsdp")
+    assert len(torchrun(2, "--save", str(tmp_path / "run"), *kinds)) == 22
+    lines = torchrun(1, "--resume", str(tmp_path / "run"), *kinds)
+    assert len(lines) == 22
     assert all(line.endswith("held") for line in lines)

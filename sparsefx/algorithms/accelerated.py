@@ -47,6 +47,9 @@ class Accelerated(Algorithm):
             return None
         return "it is for masks that are sparse along both axes; use pattern '4:8-transposable', or algorithm 'sr-ste'"
 
+    def shards_refusal(self) -> str | None:
+        return None
+
     def edit_gradients(self, run: Run, layers: Sequence[Layer]) -> None:
         for layer in layers:
             decay_dormant(run, layer, self.decay)

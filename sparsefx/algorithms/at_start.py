@@ -35,6 +35,10 @@ class AtStart(Algorithm):
         return tuple(field.name for field in fields(self))
 
     @final
+    def shards_refusal(self) -> str | None:
+        return None  # masks stay once they are chosen
+
+    @final
     def default_densities(self, pattern: Pattern) -> str:
         return "global" if isinstance(pattern, (Unstructured, Block)) else "uniform"
 

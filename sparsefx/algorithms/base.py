@@ -85,6 +85,13 @@ class Algorithm(ABC):
         """Why masks of this pattern cannot move in this way, or None where they can."""
         return None
 
+    def shards_refusal(self) -> str | None:
+        """Why masks of parameters that processes share (FSDP2, tensor parallel) cannot move in this way, or None where they can.
+
+        There each process asks for its part of a weight, and whatever concerns a whole layer has to be agreed on.
+        """
+        return "it looks at whole layers, and each process holds a part of them"
+
     def default_densities(self, pattern: Pattern) -> str:
         """The ``densities`` of `sparsefx.sparsify` that are taken where the user gives none."""
         return "uniform"

@@ -14,11 +14,12 @@ from sparsefx.algorithms import scores
 from sparsefx.algorithms.allocate import allocate
 from sparsefx.algorithms.base import Algorithm, First, first_scores_of
 from sparsefx.algorithms.drop_grow import Places, Score, Share, Within, drop_smallest, grow_largest
-from sparsefx.algorithms.layer import Layer, Run, has_momentum, no_momentum
+from sparsefx.algorithms.layer import Layer, Run, has_momentum, keeps_state_apart, no_momentum
 from sparsefx.algorithms.options import expect_one_of, expect_share, expect_steps
 from sparsefx.algorithms.start import Start
 from sparsefx.errors import OptimizerError, OptionError
 from sparsefx.patterns import Block, Channel, GlobalUnstructured, Pattern, Unstructured
+from sparsefx.shards import counts_of
 
 DropSchedule = Literal["cosine", "linear", "constant"]
 # What decides how many of the weights dropped in all layers each layer grows, given the layer and how many it has kept.
@@ -128,6 +129,14 @@ class DropAndGrow(Algorithm):
             )
         return None
 
+    def shards_refusal(self) -> str | None:
+        parts = self.parts
+        if parts.by_sign:
+            return "it ranks weights of each sign, which it has to see all of; drop by magnitude"
+        if parts.grow_within == "neuron":
+            return "it divides growth among the neurons of a whole layer; grow by 'momentum' or 'global'"
+        return None
+
     @final
     def first_scores(self, start: Start) -> list[Tensor]:
         return first_scores_of(self.first, start)
@@ -136,6 +145,11 @@ class DropAndGrow(Algorithm):
     def check(self, run: Run) -> None:
         self.every(run)
         if self.parts.needs_momentum:
+            if keeps_state_apart(run.optimizer):
+                raise OptimizerError(
+                    f"algorithm {self.name!r} moves masks by momentum, but with {type(run.optimizer).__name__} each process has "
+                    "that of its own parameters only; use an optimizer that keeps all of it, fully_shard, or algorithm 'rigl'"
+                )
             for layer in run.layers:
                 if not has_momentum(layer.group):
                     raise OptimizerError(no_momentum(run.optimizer, layer.name))
@@ -211,7 +225,7 @@ def _among_all_layers(places: list[Places], parts: Parts, fractions: list[float]
     drops = [place.drop_scores(parts.drop) for place in places]
     grows = [place.scores(parts.grow(place.layer)) for place in places]
     kept = drop_smallest(places, drops, fractions, together=one_ranking or parts.drop_within == "all")
-    counts = _counts(places, parts, [int(stays.sum()) for stays in kept])
+    counts = _counts(places, parts, counts_of(kept, [place.shards for place in places]))
     within: Within = "all" if one_ranking else parts.grow_within
     grow_largest(places, kept, grows, counts, within=within, clear_moments=not parts.dense_moments)
 
@@ -257,6 +271,9 @@ class Composed(DropAndGrow):
     @property
     def summary(self) -> str:
         return "a method of your own"
+
+    def shards_refusal(self) -> str | None:
+        return "functions of your own would see the part of a layer that one process holds"
 
     @property
     def parts(self) -> Parts:

@@ -19,6 +19,7 @@ from sparsefx.ops.select import largest_among
 from sparsefx.patterns import GlobalUnstructured
 from sparsefx.patterns.selection import summation_dtype
 from sparsefx.patterns.units import has_units, is_free, spread_units, unit_scores, weights_per_unit
+from sparsefx.shards import Shards, counts_of, gather
 
 Score = Callable[[Layer], Tensor]
 Share = Callable[[Layer], float]
@@ -37,10 +38,17 @@ class Places:
     def __post_init__(self) -> None:
         layer = self.layer
         self.free = is_free(layer.pattern)
-        size = weights_per_unit(layer.pattern, layer.mask.shape, layer.record.reduction_axis)
+        shards = self.shards
+        shape = layer.mask.shape if shards is None else shards.shape
+        size = weights_per_unit(layer.pattern, shape, layer.record.reduction_axis)
         self.active = self.scores(layer.mask.to(torch.float32)) > 0 if has_units(layer.pattern) else layer.mask
-        self.total = layer.mask.numel() // size
-        self.count = int(self.active.sum())
+        self.total = shape.numel() // size
+        self.count = counts_of([self.active], [shards])[0]
+
+    @property
+    def shards(self) -> Shards | None:
+        """How the layer is cut among processes; all counts are of all of them together."""
+        return self.layer.record.shards
 
     def scores(self, values: Tensor) -> Tensor:
         """One score a unit, of values of any sign in the weight's shape."""
@@ -60,7 +68,7 @@ class Places:
 
     def best(self, scores: Tensor) -> Tensor:
         """The one unit with the largest score of those that participate."""
-        return largest_among([scores], [self.active], min(1, self.count))[0]
+        return largest_among([scores], [self.active], min(1, self.count), shards=[self.shards])[0]
 
     def put(self, kept: Tensor, grown: Tensor | None, grow_scores: Tensor, *, clear_moments: bool) -> None:
         """Let units participate: those kept and grown, or in patterns with groups those kept and the best beside them."""
@@ -68,11 +76,18 @@ class Places:
         if grown is not None:
             chosen = kept | grown
             mask = spread_units(layer.pattern, chosen, layer.mask, axis)
-            density = None if isinstance(layer.pattern, GlobalUnstructured) else int(chosen.sum()) / self.total
+            density = None
+            if not isinstance(layer.pattern, GlobalUnstructured):
+                density = counts_of([chosen], [self.shards])[0] / self.total
             layer.set_mask(mask, density=density, clear_moments=clear_moments)
             return
         wide = grow_scores.to(summation_dtype(grow_scores))
-        wide = torch.nan_to_num(wide / wide.amax().clamp_min(torch.finfo(wide.dtype).tiny))
+        top = wide.amax() if wide.numel() else wide.new_zeros(())
+        if self.shards is not None:
+            top = gather(top, self.shards).amax()
+        if not wide.numel():
+            return
+        wide = torch.nan_to_num(wide / top.clamp_min(torch.finfo(wide.dtype).tiny))
         mask = layer.pattern.mask(torch.where(kept, _KEPT, wide), layer.record.density, reduction_axis=axis)
         layer.set_mask(mask, clear_moments=clear_moments)
 
@@ -88,10 +103,11 @@ def drop_smallest(
     if together:
         best = [place.best(score) for place, score in zip(places, scores, strict=True)]
         raised = [score.masked_fill(top, float("inf")) for score, top in zip(scores, best, strict=True)]
-        return largest_among(raised, [place.active for place in places], sum(place.count for place in places) - sum(dropped))
+        count = sum(place.count for place in places) - sum(dropped)
+        return largest_among(raised, [place.active for place in places], count, shards=[place.shards for place in places])
     kept: list[Tensor] = []
     for place, score, count in zip(places, scores, dropped, strict=True):
-        kept += largest_among([score], [place.active], place.count - count)
+        kept += largest_among([score], [place.active], place.count - count, shards=[place.shards])
     return kept
 
 
@@ -117,7 +133,7 @@ def grow_largest(
     """
     grown: list[Tensor | None] = []
     if within == "all":
-        grown += largest_among(scores, [~stays for stays in kept], sum(counts))
+        grown += largest_among(scores, [~stays for stays in kept], sum(counts), shards=[place.shards for place in places])
     else:
         for place, score, stays, count in zip(places, scores, kept, counts, strict=True):
             if not place.free:
@@ -125,7 +141,7 @@ def grow_largest(
             elif within == "neuron":
                 grown.append(_by_neuron(score, ~stays, count, 1 - place.layer.record.reduction_axis))
             else:
-                grown += largest_among([score], [~stays], count)
+                grown += largest_among([score], [~stays], count, shards=[place.shards])
     for place, stays, new, score in zip(places, kept, grown, scores, strict=True):
         place.put(stays, new, score, clear_moments=clear_moments)
 

@@ -15,6 +15,7 @@ from sparsefx.algorithms.layer import Layer, Run
 from sparsefx.algorithms.options import expect_not_negative, expect_one_of, expect_share, expect_steps
 from sparsefx.algorithms.start import Start
 from sparsefx.patterns import Channel, GlobalUnstructured, Pattern
+from sparsefx.shards import counts_of
 
 _THRESHOLD = "threshold"
 
@@ -69,6 +70,9 @@ class DynamicReparameterization(Algorithm):
             )
         return None
 
+    def shards_refusal(self) -> str | None:
+        return None
+
     def first_scores(self, start: Start) -> list[Tensor]:
         return first_scores_of(self.first, start)
 
@@ -86,7 +90,7 @@ class DynamicReparameterization(Algorithm):
         sizes = [place.drop_scores(scores.magnitude) for place in places]
         # The largest of a layer stays whatever the threshold is, so that none dies.
         kept = [(place.active & (size >= threshold)) | place.best(size) for place, size in zip(places, sizes, strict=True)]
-        left = [int(stays.sum()) for stays in kept]
+        left = counts_of(kept, [place.shards for place in places])
         dropped = sum(place.count for place in places) - sum(left)
         wanted = self.drop_fraction * sum(place.count for place in places)
         if dropped < (1 - self.tolerance) * wanted:

@@ -51,6 +51,9 @@ class Gradual(Algorithm):
             f"{pattern.fixed_density:g}; use pattern 'unstructured', or algorithm 'magnitude'"
         )
 
+    def shards_refusal(self) -> str | None:
+        return None
+
     def first_density(self, density: float) -> float:
         return 1.0
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from sparsefx.errors import OptimizerError
 from sparsefx.ops.split import keep_masked
 from sparsefx.patterns.base import Pattern
+from sparsefx.shards import is_distributed, values_of
 from sparsefx.sparse_parameter import SparseParameter
 
 
@@ -34,8 +35,8 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The parameter's values, detached: changing them changes the parameter."""
-        return self.parameter.detach()
+        """The parameter's values (of a sharded one, this process's), detached: changing them changes the parameter."""
+        return values_of(self.parameter)
 
     @property
     def mask(self) -> Tensor:
@@ -60,7 +61,16 @@ class Layer:
         """The dense gradient at the sparse weights, of the step being made. Raises OptimizerError where there is none."""
         if self.parameter.grad is None:
             raise OptimizerError(f"{self.name} has no gradient at step {self.run.step}; it was asked for to move its mask")
-        return self.parameter.grad
+        return self._beside(self.parameter.grad, "its gradient")
+
+    def _beside(self, tensor: Tensor, what: str) -> Tensor:
+        """The part of a tensor that stands beside this process's part of the parameter."""
+        placed = getattr(tensor, "placements", None)
+        if self.record.shards is not None and placed is not None and tuple(placed) != self.record.shards.placements:
+            raise OptimizerError(
+                f"{self.name} is sharded as {self.record.shards.placements}, but {what} as {tuple(placed)}; masks need both alike"
+            )
+        return values_of(tensor) if is_distributed(tensor) else tensor
 
     @property
     def group(self) -> dict[str, Any]:
@@ -82,21 +92,32 @@ class Layer:
         SGD and others that keep a ``momentum_buffer``: that. The Adam family: ``exp_avg / (sqrt(exp_avg_sq) + 1e-8)``. Others
         that keep an ``exp_avg`` (Lion): that. Raises OptimizerError for optimizers that keep none.
         """
-        state = self.run.optimizer.state.get(self.parameter, {})
+        state = self._optimizer_state
         buffer = state.get("momentum_buffer")
         if buffer is None and "exp_avg" in state:
             buffer = state["exp_avg"]
             if "exp_avg_sq" in state:
                 buffer = buffer / (state["exp_avg_sq"].sqrt() + 1e-8)
         if buffer is not None:
-            return torch.as_tensor(buffer)
+            return self._beside(torch.as_tensor(buffer), "its momentum")
         if state and not has_momentum(self.group):
             raise OptimizerError(no_momentum(self.run.optimizer, self.name))
         return torch.zeros_like(self.weight)
 
+    @property
+    def _optimizer_state(self) -> dict[str, Any]:
+        # A ZeroRedundancyOptimizer has another one inside, which keeps the state of this process's parameters.
+        keeper = self.run.optimizer.optim if keeps_state_apart(self.run.optimizer) else self.run.optimizer  # type: ignore[attr-defined]
+        found: dict[str, Any] = keeper.state.get(self.parameter, {})
+        return found
+
     def random(self) -> Tensor:
         """Random scores in [0, 1), float64, drawn on the CPU from the run's generator: the same on every device."""
-        return random_scores(self.weight, self.run.generator)
+        shards = self.record.shards
+        if shards is None:
+            return random_scores(self.weight, self.run.generator)
+        # All processes draw for the whole weight, so that they draw what one process would.
+        return shards.part(random_scores(self.weight, self.run.generator, shards.shape))
 
     def mask_moments(self) -> None:
         """Zero what the optimizer keeps of weights that do not participate."""
@@ -104,10 +125,9 @@ class Layer:
         keep_masked(moments, [self.record.mask] * len(moments))
 
     def _moments(self) -> list[Tensor]:
-        state = self.run.optimizer.state.get(self.parameter, {}).values()
-        return [
-            value for value in state if isinstance(value, Tensor) and value.shape == self.mask.shape and value.is_floating_point()
-        ]
+        kept = self._optimizer_state.values()
+        values = [self._beside(value, "its optimizer state") for value in kept if isinstance(value, Tensor)]
+        return [value for value in values if value.shape == self.mask.shape and value.is_floating_point()]
 
     def set_mask(self, mask: Tensor, *, density: float | None = None, clear_moments: bool = True) -> None:
         """Let the mask become ``mask``, in place. Weights that come or go are zero from now on.
@@ -163,18 +183,26 @@ def scale_gradients(layers: Sequence[Layer], scale: float) -> None:
         keep_masked([layer.gradient for layer in layers], [layer.mask for layer in layers])
     elif scale != 1.0:
         for layer in layers:
-            layer.gradient.copy_(torch.where(layer.mask, layer.gradient, layer.gradient * scale))
+            gradient = layer.gradient
+            gradient.copy_(torch.where(layer.mask, gradient, gradient * scale))
 
 
-def random_scores(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform in [0, 1), float64 (of that many distinct values ties are rare), on ``like``'s device and in its shape."""
+def random_scores(like: Tensor, generator: torch.Generator, shape: torch.Size | None = None) -> Tensor:
+    """Uniform in [0, 1), float64 (of that many distinct values ties are rare), on ``like``'s device, in its or another shape."""
     dtype = torch.float32 if like.device.type == "mps" else torch.float64
-    return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device, dtype)
+    if like.is_meta:  # nothing to draw for
+        return torch.empty_like(like, dtype=dtype)
+    return torch.rand(like.shape if shape is None else shape, generator=generator, dtype=torch.float64).to(like.device, dtype)
 
 
 def has_momentum(group: dict[str, Any]) -> bool:
     """Whether an optimizer keeps a running mean of gradients, going by the options of a parameter group."""
     return "betas" in group or bool(group.get("momentum", 0))
+
+
+def keeps_state_apart(optimizer: Optimizer) -> bool:
+    """Whether each process keeps the optimizer state of some parameters only (ZeRO stage 1)."""
+    return hasattr(optimizer, "consolidate_state_dict")
 
 
 def no_momentum(optimizer: Optimizer, name: str) -> str:

@@ -63,6 +63,9 @@ class Magnitude(Algorithm):
     def follows_schedule(self) -> bool:
         return True
 
+    def shards_refusal(self) -> str | None:
+        return None
+
     def settings(self, total_steps: int) -> Settings:
         """The values in force in a run of ``total_steps``. Raises OptionError for one out of range."""
         expect_steps("total_steps", total_steps)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from sparsefx.algorithms.layer import Layer
+from sparsefx.patterns.selection import summation_dtype
+from sparsefx.shards import totals
 
 
 def magnitude(layer: Layer) -> Tensor:
@@ -46,15 +48,16 @@ def random(layer: Layer) -> Tensor:
 
 def mean_momentum(layer: Layer) -> float:
     """The mean ``|momentum|`` of the weights that participate."""
-    return _mean(layer.momentum, layer.mask)
+    return _mean(layer, layer.momentum)
 
 
 def mean_magnitude(layer: Layer) -> float:
     """The mean ``|w|`` of the weights that participate."""
-    return _mean(layer.weight, layer.mask)
+    return _mean(layer, layer.weight)
 
 
-def _mean(values: Tensor, mask: Tensor) -> float:
-    return (
-        float(values.abs()[mask].mean(dtype=torch.float64)) if values.device.type != "mps" else float(values.abs()[mask].mean())
-    )
+def _mean(layer: Layer, values: Tensor) -> float:
+    chosen, shards = values.abs()[layer.mask], layer.record.shards
+    wide = chosen.sum(dtype=summation_dtype(chosen))
+    total, count = totals([float(wide), float(chosen.numel())], [shards, shards])
+    return total / count if count else float("nan")

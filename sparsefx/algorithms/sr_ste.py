@@ -39,6 +39,9 @@ class SRSTE(Algorithm):
     def keeps_dormant(self) -> bool:
         return True
 
+    def shards_refusal(self) -> str | None:
+        return None
+
     def edit_gradients(self, run: Run, layers: Sequence[Layer]) -> None:
         for layer in layers:
             decay_dormant(run, layer, self.decay)

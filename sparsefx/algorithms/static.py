@@ -37,6 +37,9 @@ class Static(Algorithm):
     def moves(self) -> bool:
         return False
 
+    def shards_refusal(self) -> str | None:
+        return None
+
     def first_scores(self, start: Start) -> list[Tensor]:
         return first_scores_of(self.first, start)
 

@@ -13,6 +13,7 @@ from sparsefx.algorithms.options import expect_not_negative, expect_share, expec
 from sparsefx.errors import OptionError
 from sparsefx.ops.select import largest_among
 from sparsefx.ops.split import keep_masked, merge
+from sparsefx.shards import counts_of
 from sparsefx.sparse_parameter import SparseParameter
 
 _BACKWARD = "backward"
@@ -52,6 +53,9 @@ class TopKAST(Algorithm):
     def keeps_dormant(self) -> bool:
         return True
 
+    def shards_refusal(self) -> str | None:
+        return None
+
     def check(self, run: Run) -> None:
         for layer in run.layers:
             if self.backward_density is not None and self.backward_density < layer.record.density:
@@ -87,11 +91,13 @@ class TopKAST(Algorithm):
     def _updated(self, layer: Layer) -> Tensor:
         """The weights that participate, and of the others the largest, up to the density d'."""
         wanted = self.backward_density if self.backward_density is not None else min(1.0, 2 * layer.record.density)
-        total, used = layer.mask.numel(), int(layer.mask.sum())
+        shards = layer.record.shards
+        total = layer.mask.numel() if shards is None else shards.numel
+        used = counts_of([layer.mask], [shards])[0]
         more = max(0, round(wanted * total) - used)
         if more == 0:
             return layer.mask.clone()
-        return layer.mask | largest_among([_dormant(layer).abs()], [~layer.mask], more)[0]
+        return layer.mask | largest_among([_dormant(layer).abs()], [~layer.mask], more, shards=[shards])[0]
 
 
 def _dormant(layer: Layer) -> Tensor:

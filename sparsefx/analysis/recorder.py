@@ -15,7 +15,7 @@ from sparsefx.analysis.mask_changes import LayerMaskHistory, MaskChanges, MaskPo
 from sparsefx.analysis.weight_trace import WeightTrace
 from sparsefx.errors import StateError
 from sparsefx.layers import known_weights
-from sparsefx.runtime_steps import inside_its_own_step, step_was_skipped
+from sparsefx.runtime_steps import is_no_training_step, step_was_skipped
 from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
 
 
@@ -87,7 +87,7 @@ class Recorder:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if inside_its_own_step(optimizer) or step_was_skipped(optimizer):
+        if is_no_training_step(optimizer) or step_was_skipped(optimizer):
             return
         self.step += 1
         if self.step % self._every == 0:

@@ -10,8 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from sparsefx.api import attach, sparsify
 from sparsefx.errors import OptionError
 from sparsefx.integrations.callback import SparseTraining, inner_optimizer
-from sparsefx.integrations.watch import MaskWatch
+from sparsefx.integrations.watch import REMEDY, MaskWatch
 from sparsefx.model_record import has_records
+from sparsefx.sharded_records import refuse_distributed
 
 
 class SparsityCallback(SparseTraining, Callback):  # type: ignore[misc]  # lightning is not type-checked here
@@ -34,6 +35,7 @@ class SparsityCallback(SparseTraining, Callback):  # type: ignore[misc]  # light
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sparsify and attach, when Lightning has restored weights and optimizers of a checkpoint; then restore the masks."""
+        refuse_distributed(pl_module, "SparsityCallback", REMEDY)
         # First masks may be drawn at random: they must not cost a resumed run its weights.
         weights = None if self._saved is None else {name: value.clone() for name, value in pl_module.state_dict().items()}
         if not has_records(pl_module):

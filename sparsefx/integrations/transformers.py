@@ -12,9 +12,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from sparsefx.api import attach, sparsify
 from sparsefx.errors import CaptureError, OptionError, StateError
 from sparsefx.integrations.callback import SparseTraining, inner_optimizer
-from sparsefx.integrations.watch import MaskWatch
+from sparsefx.integrations.watch import REMEDY, MaskWatch
 from sparsefx.model_record import has_records
 from sparsefx.patterns import Pattern
+from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_file import load, save
 
 FILE = "sparsefx.safetensors"
@@ -55,6 +56,7 @@ class SparsityCallback(SparseTraining, TrainerCallback):  # type: ignore[misc]  
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Sparsify, attach, and resume where the Trainer does."""
         model: nn.Module = given["model"]
+        refuse_distributed(model, "SparsityCallback", REMEDY)
         file = None if state.global_step == 0 else self._saved(args, state)
         if not has_records(model):
             self._sparsify(model)

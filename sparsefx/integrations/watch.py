@@ -7,6 +7,8 @@ from torch import nn
 from sparsefx.analysis.mask_changes import MaskChanges
 from sparsefx.sparse_parameter import empty_channels, sparse_parameters
 
+REMEDY = "use DistributedDataParallel, or your own loop with sparsify before fully_shard and attach after it"
+
 
 class MaskWatch:
     """Density, flips and empty channels of a model, measured whenever something is logged.

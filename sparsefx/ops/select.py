@@ -8,17 +8,26 @@ import torch
 from torch import Tensor
 
 from sparsefx.ops import native
+from sparsefx.ops.select_shards import Ranking, largest_of_shards
 from sparsefx.ops.split import rewire_masks
 from sparsefx.patterns.global_unstructured import GlobalUnstructured
 from sparsefx.patterns.selection import largest, summation_dtype
 from sparsefx.patterns.unstructured import Unstructured
+from sparsefx.shards import Shards
 from sparsefx.sparse_parameter import SparseParameter
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @torch.no_grad()
-def largest_among(scores: Sequence[Tensor], candidates: Sequence[Tensor], count: int, *, compiled: bool = True) -> list[Tensor]:
+def largest_among(
+    scores: Sequence[Tensor],
+    candidates: Sequence[Tensor],
+    count: int,
+    *,
+    shards: Sequence[Shards | None] = (),
+    compiled: bool = True,
+) -> list[Tensor]:
     """Exactly ``count`` largest scores of all tensors together, among the candidates only.
 
     Of equal scores, those of the earlier tensor are taken, and within one the first in row-major order.
@@ -27,11 +36,17 @@ def largest_among(scores: Sequence[Tensor], candidates: Sequence[Tensor], count:
         scores: non-negative, of any shapes. NaN has no meaning; infinity counts as the largest finite number.
         candidates: bool, in these shapes.
         count: from 0 to the number of candidates.
+        shards: how each tensor is cut among processes, which all call this together and together have that many candidates; empty
+            where none is.
         compiled: False leaves everything to plain torch, with the same result.
 
     Returns:
         One bool tensor a tensor of scores, in its shape and on its device.
     """
+    shared = [one for one in shards if one is not None]
+    if shared:
+        among = [score.masked_fill(~candidate, -1) for score, candidate in zip(scores, candidates, strict=True)]
+        return largest_of_shards([Ranking(among, shared, count)])[0]
     if count == 0:
         return [torch.zeros_like(candidate) for candidate in candidates]
     if compiled and native.available() and all(_fits(score) for score in scores) and len({score.dtype for score in scores}) == 1:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from sparsefx.errors import OptionError
 from sparsefx.ops import native
+from sparsefx.ops.masks_of_shards import choose_of_shards
 from sparsefx.patterns.global_unstructured import GlobalUnstructured
 from sparsefx.patterns.selection import participating
+from sparsefx.patterns.units import is_free
 from sparsefx.patterns.unstructured import Unstructured
 from sparsefx.sparse_parameter import SparseParameter
 
@@ -149,6 +151,9 @@ def _gather(
     together: dict[float, list[int]] = {}
     for position, (weight, record) in enumerate(zip(weights, records, strict=True)):
         pattern = record.pattern
+        if record.shards is not None and (weight.numel() == 0 or (rewire and is_free(pattern))):
+            left.append(position)
+            continue
         if rewire and isinstance(pattern, GlobalUnstructured):
             together.setdefault(densities[position], []).append(position)
             continue
@@ -200,15 +205,23 @@ def _scale_dormant(weight: Tensor, mask: Tensor, scale: float) -> None:
 
 def _choose(weights: Sequence[Tensor], records: Sequence[SparseParameter], densities: Sequence[float]) -> None:
     together: dict[tuple[GlobalUnstructured, float], list[int]] = {}
+    shared: list[int] = []
     for position, (weight, record, density) in enumerate(zip(weights, records, densities, strict=True)):
         if isinstance(record.pattern, GlobalUnstructured):
             together.setdefault((record.pattern, density), []).append(position)
+        elif record.shards is not None:
+            shared.append(position)
         else:
             record.mask.copy_(record.pattern._mask(weight.abs(), density, record.reduction_axis))
+    rankings = [([records[i]], [weights[i]], densities[i]) for i in shared]
     for (pattern, density), positions in together.items():
-        masks = pattern.choose([weights[position] for position in positions], density)
-        for position, mask in zip(positions, masks, strict=True):
-            records[position].mask.copy_(mask)
+        members, values = [records[i] for i in positions], [weights[i] for i in positions]
+        if members[0].shards is not None:
+            rankings.append((members, values, density))
+            continue
+        for record, mask in zip(members, pattern.choose(values, density), strict=True):
+            record.mask.copy_(mask)
+    choose_of_shards(rankings)
 
 
 def _separate(weight: Tensor, record: SparseParameter) -> None:

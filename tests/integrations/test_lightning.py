@@ -147,6 +147,20 @@ def fit_and_stop(folder: Path, callback: Any, file: Path, options: dict[str, Any
     return trainer
 
 
+def test_compiled_in_bfloat16_it_is_the_run_that_is_not_compiled(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    plain, compiled = ResNet(), ResNet()
+    fit(tmp_path, plain, SparsityCallback("2:4"), steps=4, precision="bf16-mixed")
+    runs = torch.compile(compiled, backend="aot_eager")
+    callback = SparsityCallback("2:4")
+    fit(tmp_path, runs, callback, steps=4, precision="bf16-mixed")
+    one, other = sparsefx.masks(plain), sparsefx.masks(compiled)
+    assert len(one) == 5
+    assert all(float((one[name] == other[name]).float().mean()) > 0.95 for name in one)
+    assert all(not compiled.get_parameter(name)[~mask].any() for name, mask in other.items())
+    torch._dynamo.reset()
+
+
 def test_finalize_at_the_end(tmp_path: Path) -> None:
     model = ResNet()
     fit(tmp_path, model, SparsityCallback("2:4", finalize_at_end=True), steps=3)

@@ -1,0 +1,80 @@
+"""Masking weights for good, one layer at a time, for models that leave no room for a second copy of anything."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from sparsefx.api import audit
+from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
+from sparsefx.model_record import has_records
+from sparsefx.ops.split import split
+from sparsefx.passes.analyze_eligibility import Eligibility, Selection
+from sparsefx.patterns import GlobalUnstructured, Pattern, parse
+from sparsefx.sparse_parameter import SparseParameter
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def mask_once(
+    model: Model,
+    *,
+    pattern: str | Pattern = "2:4",
+    density: float | None = None,
+    example_inputs: Any = None,
+    include: Selection = None,
+    exclude: Selection = None,
+    eligibility: Eligibility | None = None,
+) -> Model:
+    """Set the smallest weights of the eligible layers to zero, in place and for good: `sparsefx.sparsify` and
+    `sparsefx.finalize` in one, without a mask or a removed weight being kept.
+
+    Memory: a mask of one layer (1 byte a weight) and what choosing it takes, at any time. The price is that nothing can be put
+    back: everything that can be refused is refused first, but where the process is stopped midway, the layers done by then stay
+    masked. Calling it again goes on from there, since a masked layer keeps its mask.
+
+    Arguments as for `sparsefx.sparsify`. Returns the same object.
+
+    Raises:
+        StateError: the model is sparsified already, sharded, or on the meta device.
+        OptionError: pattern ``"unstructured:global"``, whose threshold needs all layers at once.
+        EligibilityError: no layer is eligible, or ``include``/``exclude`` match nothing.
+        PatternError, CaptureError: as for `sparsefx.sparsify`.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+    chosen = parse(pattern) if isinstance(pattern, str) else pattern
+    found = audit(
+        model,
+        pattern=chosen,
+        density=density,
+        example_inputs=example_inputs,
+        include=include,
+        exclude=exclude,
+        eligibility=eligibility,
+    )
+    if has_records(model):
+        raise StateError("mask_once was given a model that is sparsified already; call sparsefx.finalize(model) instead")
+    if isinstance(chosen, GlobalUnstructured):
+        raise OptionError(
+            "mask_once was given pattern 'unstructured:global', whose one threshold needs all layers at once; use "
+            "'unstructured', or sparsefx.sparsify and sparsefx.finalize"
+        )
+    rows = [row for row in found.layers if row.sparse]
+    if not rows:
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in found.layers[:3])
+        raise EligibilityError(f"no layer of this model can be sparse: {reasons or 'it has no Linear or Conv layer'}")
+    for row in rows:
+        weight = model.get_parameter(row.parameter).detach()
+        if weight.is_meta:
+            raise StateError(f"{row.name} is on the meta device; give the model memory and weights first")
+        # Smallest and largest pass NaN on, and take no memory of the weight's size.
+        if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
+            raise NonFiniteError(f"{row.name}: the weight holds NaN or infinity; load a good checkpoint, or exclude the layer")
+    with torch.inference_mode(False), torch.no_grad():
+        for row in rows:
+            weight = model.get_parameter(row.parameter).detach()
+            mask = torch.empty_like(weight, dtype=torch.bool)
+            split([weight], [SparseParameter(chosen, chosen.resolve_density(density), row.reduction_axis, mask)])
+    return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsefx.api import audit
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
@@ -74,7 +74,11 @@ def mask_once(
             raise NonFiniteError(f"{row.name}: the weight holds NaN or infinity; load a good checkpoint, or exclude the layer")
     with torch.inference_mode(False), torch.no_grad():
         for row in rows:
-            weight = model.get_parameter(row.parameter).detach()
-            mask = torch.empty_like(weight, dtype=torch.bool)
-            split([weight], [SparseParameter(chosen, chosen.resolve_density(density), row.reduction_axis, mask)])
+            _mask(model.get_parameter(row.parameter).detach(), chosen, chosen.resolve_density(density), row.reduction_axis)
     return model
+
+
+def _mask(weight: Tensor, pattern: Pattern, density: float, reduction_axis: int) -> None:
+    # A function of its own, so that one layer's mask is gone before the next one is made.
+    mask = torch.empty_like(weight, dtype=torch.bool)
+    split([weight], [SparseParameter(pattern, density, reduction_axis, mask)])

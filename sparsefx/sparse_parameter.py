@@ -164,4 +164,7 @@ def empty_channels(weight: Tensor, reduction_axis: int) -> int:
     Of a stack of matrices (``reduction_axis`` 2), rows of any of them.
     """
     by_channel = weight.flatten(0, 1) if reduction_axis == 2 else weight.movedim(1 - reduction_axis, 0).flatten(1)
-    return int((by_channel == 0).all(dim=1).sum())
+    if not by_channel.numel() or not by_channel.is_floating_point():
+        return int((by_channel == 0).all(dim=1).sum())
+    low, high = by_channel.aminmax(dim=1)  # takes no memory of the weight's size, and passes NaN on
+    return int(((low == 0) & (high == 0)).sum())

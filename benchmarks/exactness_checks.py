@@ -131,6 +131,8 @@ def _compared(model: nn.Module, inputs: Any, others: Any, plan: ChannelPlan, sec
         verdict = Oracle(model.eval(), (inputs, others), seconds).verdict()
     except TooLarge as error:
         return {"told": str(error)}
+    except Exception as error:  # the oracle's own failure says nothing about pruning
+        return {"told": f"the oracle failed: {type(error).__name__}: {error}"}
     removed, missed = 0, []
     for name, removable in verdict.removable.items():
         weight, kept = model.get_parameter(name), plan.kept.get(name, {})

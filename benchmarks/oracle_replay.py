@@ -96,7 +96,9 @@ class _Mode(TorchDispatchMode):
             return None
         width = parameter.shape[1]
         first, left = divmod(weight.storage_offset() - parameter.storage_offset(), width)
-        if weight.stride() == (1, width):
+        # Of a single column strides do not tell; as [in, out] it has one output.
+        column = width == 1 and weight.shape[1] == 1
+        if weight.stride() == (1, width) and not column:
             rows, columns, out_axis = range(first, first + weight.shape[1]), range(left, left + weight.shape[0]), 0
         elif weight.stride() == (width, 1):
             rows, columns, out_axis = range(left, left + weight.shape[1]), range(first, first + weight.shape[0]), 1

@@ -81,3 +81,22 @@ def test_channels_of_shuffles_and_heads_are_found_by_what_they_reach() -> None:
     empty(model.out.weight, 4, 5, 6, 7, axis=1)  # type: ignore[arg-type, union-attr]
     verdict = _verdict(model, 2, 5, 6)
     assert all(_numbers(verdict.rows[f"{name}.weight"]) == [4, 5, 6, 7] for name in "qkv")
+
+
+def test_a_bare_column_has_one_output() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.column, self.last = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 1)), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            read = self.first(x)
+            made: Tensor = self.last(read * torch.sigmoid(read @ self.column))
+            return made
+
+    model = Pooled()
+    empty(model.first.weight, 2)
+    nn.init.zeros_(model.first.bias)
+    verdict = _verdict(model, 5, 4)
+    assert _numbers(verdict.rows["first.weight"]) == [2]
+    assert verdict.removable == {"first.weight": 4, "column": 1, "last.weight": 2}

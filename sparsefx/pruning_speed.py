@@ -77,12 +77,16 @@ def measure_speed(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, r
 def in_turn(
     runs: Sequence[Callable[[], Any]], repeats: int = REPEATS, clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
-    """Median seconds of each, run in turn after a run that does not count, since other work on a machine comes and goes."""
+    """Median seconds of each, run in turn after a run that does not count, since other work on a machine comes and goes.
+
+    Every second round goes backwards: a run also pays for what the one before it has driven out of the caches.
+    """
     seconds: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
-    for _ in range(repeats):
-        for run, mine in zip(runs, seconds, strict=True):
+    turns = list(zip(runs, seconds, strict=True))
+    for number in range(repeats):
+        for run, mine in turns[:: -1 if number % 2 else 1]:
             start = clock()
             run()
             mine.append(clock() - start)

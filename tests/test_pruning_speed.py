@@ -36,14 +36,14 @@ def test_bounds_are_density_and_empty_channels_weighted_by_operations() -> None:
 
 def test_runs_take_turns_and_the_median_counts() -> None:
     order: list[str] = []
-    # Two runs, one of them unmeasured: starts and ends of a, b, a, b, a, b.
+    # Starts and ends of a, b, then backwards, then of a, b again.
     ticks = iter([0, 1, 1, 11, 20, 22, 30, 32, 40, 43, 50, 60])
 
     def clock() -> float:
         return float(next(ticks))
 
     assert in_turn([lambda: order.append("a"), lambda: order.append("b")], 3, clock) == [2.0, 10.0]
-    assert "".join(order) == "abababab"
+    assert "".join(order) == "ababbaab"
 
 
 def test_both_runtimes_are_measured_and_the_models_stay_as_they_were() -> None:

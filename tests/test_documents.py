@@ -37,7 +37,7 @@ BEFORE = {
     "pruning.md": _MODEL + "example_inputs = x\nwith torch.no_grad():\n    model[0].weight[::2] = 0\n",
     "deployment.md": _MODEL
     + "calibration_loader = [torch.randn(4, 32) for _ in range(4)]\nloader, batch = calibration_loader, x\n"
-    + "weight = torch.randn(16, 32)\n",
+    + "weight, dense = torch.randn(16, 32), build_model()\n",
 }
 # A search takes as long as it is told.
 FASTER = {"seconds=10": "seconds=0.1"}

@@ -44,8 +44,8 @@ class OrderedLayer:
 
     Attributes:
         weight: full name of the parameter.
-        channels: how many of its input channels may change places.
-        before, after: share of the sum of |weight| that 2:4 keeps in the old and in the new order.
+        channels: how many of its input channels were given an order, in one set or several.
+        before, after: share of the sum of |weight| that 2:4 keeps of these channels in the old and in the new order.
     """
 
     weight: str
@@ -246,17 +246,19 @@ def _gains(
     found: list[tuple[Integers, list[_Reader]]], kept: list[tuple[Integers, Integers]]
 ) -> tuple[tuple[OrderedLayer, ...], float, float]:
     moved = {id(group): comes_from for group, comes_from in kept}
-    layers: list[OrderedLayer] = []
-    totals = np.zeros(3)
+    channels: dict[str, int] = {}
+    numbers: dict[str, np.ndarray[Any, Any]] = {}
     for group, readers in found:
-        comes_from = moved.get(id(group), group)
-        order = torch.from_numpy(np.searchsorted(group, comes_from))
+        order = torch.from_numpy(np.searchsorted(group, moved.get(id(group), group)))
         for reader in readers:
-            weight = reader.weight()
-            numbers = np.array([float(weight.double().abs().sum()), kept_magnitude(weight), kept_magnitude(weight, order)])
-            totals += numbers
-            if id(group) in moved and numbers[0]:
-                shares = numbers / numbers[0]
-                layers.append(OrderedLayer(reader.read.weight.name, len(group), float(shares[1]), float(shares[2])))
-    total = totals[0] or 1.0
-    return tuple(layers), float(totals[1] / total), float(totals[2] / total)
+            weight, name = reader.weight(), reader.read.weight.name
+            parts = (float(weight.double().abs().sum()), kept_magnitude(weight), kept_magnitude(weight, order))
+            numbers[name] = numbers.get(name, np.zeros(3)) + parts
+            channels[name] = channels.get(name, 0) + (len(group) if id(group) in moved else 0)
+    layers = tuple(
+        OrderedLayer(name, channels[name], float(before / all_of_it), float(after / all_of_it))
+        for name, (all_of_it, before, after) in numbers.items()
+        if channels[name] and all_of_it
+    )
+    total, before, after = sum(numbers.values(), np.zeros(3))
+    return layers, float(before / (total or 1.0)), float(after / (total or 1.0))

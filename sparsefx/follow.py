@@ -95,12 +95,6 @@ def plan_of(optimizers: Sequence[Optimizer], owners: dict[str, Followed], requir
                 f"{name} has become a {type(parameter).__name__}, which a mask runtime cannot follow; train it as a plain "
                 "Parameter, or finalize the model first"
             )
-        if values_of(parameter).shape != entry.record.mask.shape:
-            raise OptimizerError(
-                f"{name} has shape {tuple(parameter.shape)}, but was sparsified with {tuple(entry.record.mask.shape)}: it was "
-                "flattened (as FullyShardedDataParallel does) or replaced since; use torch.distributed.fsdp.fully_shard, or "
-                "sparsify again"
-            )
     plan: list[list[str]] = []
     taken: dict[str, int] = {}
     for position, optimizer in enumerate(optimizers):

@@ -149,7 +149,8 @@ def expect_masked(name: str, parameter: nn.Parameter, record: SparseParameter) -
     if parameter.shape != shape:
         raise StateError(
             f"{name} has shape {tuple(parameter.shape)}, but its mask has {tuple(shape)}: the parameter was replaced "
-            "after sparsify; put one of the old shape back, or build the model anew and sparsify it as it is now"
+            "after sparsify, or flattened, as FullyShardedDataParallel does (use torch.distributed.fsdp.fully_shard); put one of "
+            "the old shape back, or build the model anew and sparsify it as it is now"
         )
     if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
         raise StateError(
@@ -164,7 +165,8 @@ def empty_channels(weight: Tensor, reduction_axis: int) -> int:
     Of a stack of matrices (``reduction_axis`` 2), rows of any of them.
     """
     by_channel = weight.flatten(0, 1) if reduction_axis == 2 else weight.movedim(1 - reduction_axis, 0).flatten(1)
-    if not by_channel.numel() or not by_channel.is_floating_point():
+    # Formats of eight bits have no aminmax, nor are they large.
+    if not by_channel.numel() or not by_channel.is_floating_point() or by_channel.dtype.itemsize < 2:
         return int((by_channel == 0).all(dim=1).sum())
     low, high = by_channel.aminmax(dim=1)  # takes no memory of the weight's size, and passes NaN on
     return int(((low == 0) & (high == 0)).sum())

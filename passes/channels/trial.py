@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsefx.capture.arguments import copies
@@ -131,6 +132,20 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
+class _Narrowing(TorchDispatchMode):
+    """Notes whether an op makes a shorter floating-point format of float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: bool = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        wide = any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves((args, kwargs)))
+        self.found |= wide and any(_is_floating(leaf) and leaf.dtype.itemsize < 8 for leaf in tree_leaves(made))
+        return made
+
+
 class ValueTrial:
     """Runs plans in float64 on random inputs in the shapes of the example inputs, and compares the values of outputs."""
 
@@ -158,16 +173,23 @@ class ValueTrial:
             return float("inf")
         return _difference(made, self._expected)
 
-    def noise(self) -> float:
+    def noise(self, rounding: float = 1e-15) -> float:
         """How far outputs move where every weight moves by rounding: code may compute in float32, or amplify what it is given."""
 
         def moved(tensor: Tensor) -> Tensor:
             if not tensor.is_floating_point():
                 return tensor
             change = torch.randn(tensor.shape, dtype=tensor.dtype, generator=self._generator).to(tensor.device)
-            return tensor * (1 + 1e-15 * change)
+            return tensor * (1 + rounding * change)
 
         return _difference(self._outputs(copy_with(self._model, moved)), self._expected)
+
+    def narrows(self) -> bool:
+        """Whether the model's own code goes on in float32 or less where it is given float64."""
+        seen = _Narrowing()
+        with seen:
+            self._outputs(self._model)
+        return seen.found
 
     def _outputs(self, model: nn.Module) -> list[Any]:
         args, kwargs = copies(*self._inputs)

@@ -131,6 +131,30 @@ def test_the_same_seed_gives_the_same_order() -> None:
     assert flat[0] != flat[2]
 
 
+class Narrow(nn.Module):
+    """A norm that computes in float32 whatever it is given, as those of language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.scale = nn.Linear(16, 64), nn.Linear(64, 16), nn.Parameter(torch.rand(64))
+
+    def forward(self, data: Tensor) -> Tensor:
+        hidden = self.first(data)
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.last(self.scale * wide.to(hidden.dtype))
+
+
+def test_sums_that_the_model_itself_rounds_to_float32_may_change_their_order() -> None:
+    torch.manual_seed(0)
+    model = Narrow().eval()
+    _in_runs(model.last.weight)
+    order = sparsefx.channel_order(model, torch.randn(8, 16), moves=20_000)
+    assert order.refused == ()
+    assert [layer.weight for layer in order.layers] == ["last.weight"]
+    assert order.difference <= 1e-5
+
+
 class Fixed(nn.Module):
     """Hidden channels whose order a cumulative sum, a slice or an output tells."""
 

@@ -59,14 +59,14 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Give batch norms and biases random values, so that no place is like another."""
+    """Give batch norms, biases and heads of zeros random values, so that no place is like another and none is hidden."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+            if not parameter.any() or parameter.dim() == 1:
                 parameter.normal_(float("bias" not in name), 0.2)
     return model.eval()
 

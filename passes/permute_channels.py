@@ -24,12 +24,15 @@ from sparsefx.passes.channels.interchange import Interchange, find_interchange, 
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.channels.report import PruningReport
-from sparsefx.passes.channels.trial import ValueTrial
+from sparsefx.passes.channels.trial import ValueTrial, copy_with
 from sparsefx.passes.propagate_channels import propagate_channels
 from sparsefx.permutation import kept_magnitude
 
 TOLERANCE = 1e-9
 """Largest difference of an output in float64, relative to its largest value, that counts as rounding."""
+
+_HIDES = 1e-3
+# Parameters whose values are all smaller are taken for numbers that training starts from, not for what it found.
 
 _MOST_ROWS = 2**14
 # A stream that dozens of layers read has millions of rows; the search then looks at every second one, or third, ...
@@ -133,7 +136,7 @@ def order_channels(
         order = _searched(readers, search, size / sum(work))
         if (order != np.arange(len(order))).any():
             moves.append((group, group[order]))
-    trial = ValueTrial(model, arguments, seed)
+    trial = ValueTrial(_telling(model, seed), arguments, seed)
     # A sum in another order rounds differently: where the model computes in float32 of its own accord, as far as that.
     limit = max(TOLERANCE, 30 * trial.noise(2**-24 if trial.narrows() else 1e-15))
     if trial.difference(_plan(model, facts, interchange, [])) > limit:
@@ -151,6 +154,17 @@ def order_channels(
     names = {id(group): readers[0].read.weight.name for group, readers in found}
     refused = tuple(f"the {len(group)} inputs of {names[id(group)]}: outputs change with their order" for group, _ in left_out)
     return ChannelOrder(plan, layers, before, after, refused, trial.difference(plan))
+
+
+def _telling(model: nn.Module, seed: int) -> nn.Module:
+    """A copy in which no parameter hides what stands before it: heads and scales of a fresh model may be zero, or next to it."""
+    generator = torch.Generator().manual_seed(seed)
+    made = copy_with(model, torch.clone)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.is_floating_point() and parameter.numel() and parameter.abs().max() < _HIDES:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    return made
 
 
 def _reads(facts: Facts, weights: Collection[str]) -> list[Read]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 import sparsefx
 from sparsefx.errors import OptionError, StateError
+from sparsefx.passes import permute_channels
 
 
 def _in_runs(weight: Tensor) -> None:
@@ -193,6 +195,25 @@ def test_a_half_of_the_channels_that_something_else_reads_stays_among_itself() -
     data = torch.randn(4, 16)
     for made, expected in zip(permuted(data), model(data), strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_zeros_does_not_hide_a_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Sigmoid(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    _in_runs(model[2].weight)
+    nn.init.zeros_(model[4].weight)
+    data = torch.randn(4, 16)
+    assert not sparsefx.channel_order(model, data, moves=20_000).plan.empty
+    real, calls = permute_channels._order, itertools.count()
+
+    def wrong(classes: Any, sources: Any) -> Any:
+        # Every second axis the other way round, so that no two that belong together agree.
+        return real(classes, sources)[:: 1 - 2 * (next(calls) % 2)].copy()
+
+    monkeypatch.setattr(permute_channels, "_order", wrong)
+    order = sparsefx.channel_order(model, data, moves=20_000)
+    assert order.plan.empty
+    assert len(order.refused) == 1
 
 
 def test_sparse_models_and_wrong_options_are_refused() -> None:

@@ -2,8 +2,9 @@
 sparse step costs at most 1.05 of the compiled dense step.
 
 Counts are torch's own, in ``torch._dynamo.utils.counters``: graphs of the first steps, graphs that later steps made (each is a
-recompilation), graph breaks. Dense and sparse steps are interleaved; the
-ratio is that of medians. The optimizer's step is the eager one, as in most training loops; the sparse one moves masks after each.
+recompilation), graph breaks. A 2-layer transformer encoder (d 512, batch 8 x 128 tokens), 2:4; dense and sparse steps are
+interleaved, and the ratio is that of medians. The optimizer's step is the eager one, as in most training loops; the sparse one
+moves masks after each.
 
     python benchmarks/compiled_step.py [--backend inductor] [--steps 100]
 """
@@ -56,7 +57,7 @@ def compare(backend: str, steps: int, width: int) -> tuple[dict[str, int], dict[
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
     dense = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    batch = torch.randn(4, 64, width)
+    batch = torch.randn(8, 128, width)
     torch._dynamo.reset()
     counts = []
     contestants = []
@@ -93,15 +94,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=512)
     given = parser.parse_args()
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, seed 0, {native.describe()}")
     dense, sparse, ratio, moved = compare(given.backend, given.steps, given.width)
     print(f"{given.backend}: masks moved in {moved} of {given.steps} steps")
     print(f"  dense  {dense}\n  sparse {sparse}")
     print(f"  compiled sparse step / compiled dense step {ratio:.3f}   bar {BAR}: {'met' if ratio <= BAR else 'not met'}")
-    same = all(sparse[name] == count for name, count in dense.items())
-    sys.exit(0 if same and sparse["recompilations"] == 0 else 1)
+    # The sparse model is the same code and may well run the dense one's graph: then it makes none of its own.
+    added = any(sparse[name] > count for name, count in dense.items())
+    sys.exit(0 if not added and sparse["recompilations"] == 0 else 1)
 
 
 if __name__ == "__main__":

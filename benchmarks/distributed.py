@@ -15,6 +15,7 @@ only, which is far from deciding a mask. Masks have to be equal, weights to 1e-9
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import platform
 import warnings
@@ -191,6 +192,9 @@ def main() -> None:
                 held = check(method, given.steps, kind, first=first, path=f"{given.resume}.{kind}.{method}") and held
             else:
                 held = check(method, given.steps, kind) and held
+    # Wrappers of models hold on to gloo's threads, which must have ended before the process does.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
     if not held:
         raise SystemExit(1)

@@ -8,8 +8,9 @@ zero, and once with all of them random. OpenVINO's result is run, since it is wr
     pip install openvino
     python benchmarks/pruned_sizes.py [--only resnet18] [--out pruned-sizes.json]
 
-Bars: with biases at zero the sizes published for OpenVINO, and the one measured; with biases kept, no layer is wider by more than
-one channel for each group of its outputs than without them.
+Bars: with biases at zero the sizes published for OpenVINO, and the one measured; with biases kept, no layer is wider than without
+them by more than one channel for each group that it or a grouped convolution behind it has: a group reads its own channels only,
+so that each needs a carrier of its own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Annotated, Any
 import numpy
 import openvino
 import torch
+import torch.fx
 import torchvision
 import typer
 from openvino._offline_transformations import apply_pruning_transformation
@@ -111,6 +113,21 @@ def measure(name: str, *, biases: bool) -> dict[str, Any]:
     }
 
 
+def carriers(model: nn.Module) -> dict[str, int]:
+    """By convolution, the groups that it or one that reads it has."""
+    convolutions = {path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    found = {path: module.groups for path, module in convolutions.items()}
+    for node in torch.fx.symbolic_trace(model).graph.nodes:
+        pending = list(node.all_input_nodes) if node.target in convolutions else []
+        while pending:
+            producer = pending.pop()
+            if producer.target in convolutions:
+                found[producer.target] = max(found[producer.target], convolutions[node.target].groups)
+            else:
+                pending += producer.all_input_nodes
+    return found
+
+
 def verdict(name: str, zeroed: dict[str, Any], kept: dict[str, Any]) -> str:
     """What holds of the bars, in words."""
     worse = []
@@ -118,7 +135,7 @@ def verdict(name: str, zeroed: dict[str, Any], kept: dict[str, Any]) -> str:
         worse.append(f"{zeroed['ours']:.3f} is above {BARS[name]}")
     if not zeroed["told"] and zeroed["ours"] > zeroed["theirs"]:
         worse.append("larger than OpenVINO's")
-    groups = {path: module.groups for path, module in build(name).named_modules() if isinstance(module, nn.Conv2d)}
+    groups = carriers(build(name))
     for weight, width in kept["widths"].items():
         if width > zeroed["widths"][weight] + groups.get(weight.removesuffix(".weight"), 1):
             worse.append(f"{weight} keeps {width} of {zeroed['widths'][weight]} with biases")

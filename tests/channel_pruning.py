@@ -21,8 +21,8 @@ class Around(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
 
 
 @torch.no_grad()

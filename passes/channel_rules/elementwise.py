@@ -265,6 +265,14 @@ def like(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> 
     return Value(value.shape, value.labels, constant)
 
 
+def filled(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
+    """A new tensor of one value, of a size that code computed."""
+    shape = shape_of(node)
+    known = {"zeros": 0.0, "new_zeros": 0.0, "ones": 1.0, "new_ones": 1.0}.get(op_name(node), arguments.get("fill_value"))
+    constant = np.full((1,) * len(shape), float(known) if isinstance(known, (int, float)) else np.nan)
+    return Value(shape, np.full((1,) * len(shape), PINNED, dtype=np.int64), constant)
+
+
 def nothing(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """Checks that make no tensor."""
     return None
@@ -294,6 +302,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half", "double"), cast),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "native_dropout_eval"), dropout),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "zero", "fill"), like),
+    **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), filled),
     **dict.fromkeys(("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size"), nothing),
     "prelu": prelu,
     "_prelu_kernel": prelu,

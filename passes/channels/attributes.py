@@ -54,6 +54,10 @@ def _numbers(module: nn.Module, shapes: Mapping[str, Shape], groups: int | None)
             yield "num_features", lengths[0]
     if isinstance(module, nn.RNNBase) and "weight_ih_l0" in shapes:
         yield "input_size", shapes["weight_ih_l0"][1]
+        if not module.proj_size:
+            yield "hidden_size", shapes["weight_hh_l0"][1]
+    if isinstance(module, nn.RNNCellBase) and "weight_ih" in shapes:
+        yield from (("input_size", shapes["weight_ih"][1]), ("hidden_size", shapes["weight_hh"][1]))
     if shape is None:
         return
     if isinstance(module, nn.modules.conv._ConvTransposeNd):

@@ -178,10 +178,16 @@ class Propagation:
             self.facts.views.append((module_path(node), value.labels))
         return self.compressed(value)
 
-    def add_read(self, read: Read, node: fx.Node) -> None:
-        """A product with a weight; the batch norm behind it, where nothing else reads its result, can take a constant over."""
+    def add_read(self, read: Read, node: fx.Node, *, places: int | None = None) -> None:
+        """A product with a weight; the batch norm behind it, where nothing else reads its result, can take a constant over.
+
+        ``places`` is the number of places that each value of the weight is multiplied at, where the output does not tell.
+        """
         self.facts.reads.append(replace(read, shift=self._shift_behind(node), training=self.training))
-        self.count(node, read.weight, len(read.out))
+        if places is None:
+            self.count(node, read.weight, len(read.out))
+        else:
+            self.facts.work.append((read.weight.name, places))
 
     def count(self, node: fx.Node, weight: Weight, outputs: int) -> None:
         """Note how often a call multiplies by each value of its weight."""

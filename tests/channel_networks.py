@@ -353,6 +353,29 @@ def _feed_forward(b: Builder) -> None:
     b.step(feed, (source,), (channels, size))
 
 
+def _recurrent(b: Builder) -> None:
+    """A recurrent layer over the places of an image, read by what it returns at each place or by its last states."""
+    source = b.one()
+    channels, size = b.channels[source], b.sizes[source]
+    if size > 4:
+        return
+    kind, deep, both, units = (nn.LSTM, nn.GRU, nn.RNN)[b.choose(3)], 1 + b.choose(2), bool(b.choose(2)), 5
+    number = b.layer(kind(channels, units, deep, bias=bool(b.choose(3)), batch_first=True, bidirectional=both))
+    out = units * (2 if both else 1)
+    reads = b.choose(3)
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        made, states = net.layers[number](x.flatten(2).transpose(1, 2))
+        if reads == 0:
+            last = states[0] if isinstance(states, tuple) else states
+            added = last.unflatten(0, (deep, -1))[-1].transpose(0, 1).flatten(1)
+            made = made * torch.sigmoid(added).unsqueeze(1)
+        image: Tensor = made.transpose(1, 2).unflatten(2, (size, size))
+        return image
+
+    b.step(run, (source,), (out, size))
+
+
 def _odd(b: Builder) -> None:
     """Ops over channels, and one that has no rule."""
     source, kind = b.one(), b.choose(4)
@@ -368,7 +391,8 @@ def _odd(b: Builder) -> None:
 
 _STEPS: tuple[Callable[[Builder], None], ...] = (
     *(_conv, _conv, _conv, _grouped, _depthwise, _transposed, _norm, _norm, _activation, _activation, _add, _add, _multiply),
-    *(_squeeze, _scale, _concatenate, _split, _shuffle, _pixels, _pool, _pad, _shared, _attention, _feed_forward, _odd),
+    *(_squeeze, _scale, _concatenate, _split, _shuffle, _pixels, _pool, _pad, _shared, _attention, _feed_forward, _recurrent),
+    _odd,
 )
 
 
@@ -423,6 +447,21 @@ def _randomize(net: Net, choose: Choose) -> None:
                 module.weight.movedim(1 - axis, 0)[torch.rand(module.weight.shape[1 - axis]) < 0.5] = 0
             if module.bias is not None and choose(3) == 0:
                 module.bias.zero_()
+        if isinstance(module, nn.RNNBase):
+            _silence(module, choose)
     for scale in net.scales:
         if choose(3) == 0:
             scale[torch.rand(scale.shape) < 0.5] = 0
+
+
+def _silence(module: nn.RNNBase, choose: Choose) -> None:
+    """Units that nothing enters, or that nobody reads."""
+    units = module.hidden_size
+    for name, weight in module.named_parameters():
+        # The cell gate of an LSTM and the new gate of a GRU stand third.
+        entrance = 2 * units if weight.shape[0] > units else 0
+        chosen = torch.arange(units)[: 1 + choose(units)]
+        if choose(4):
+            weight[entrance + chosen] = 0
+        if name.startswith("weight_hh") and choose(3) == 0:
+            weight[:, torch.rand(units) < 0.5] = 0

@@ -5,7 +5,8 @@
 
 Networks have plain, grouped, depthwise and transposed convolutions, batch, group, layer and instance norms, activations with
 f(0) != 0, sums, products, gates, concatenations, splits, shuffles, pixel shuffles, pools, paddings, attention, gated feed-forward
-layers, recurrent layers, shared modules, ops without a rule and code that holds numbers of channels. Outputs are compared in float64.
+layers, recurrent layers, shared modules, ops without a rule and code that holds numbers of channels. Outputs are compared in
+float64.
 """
 
 from __future__ import annotations

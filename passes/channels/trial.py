@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsefx.capture.arguments import copies
 from sparsefx.capture.state import unchanged
+from sparsefx.errors import VerificationError
 from sparsefx.passes.channels.plan import ChannelPlan
+from sparsefx.passes.channels.precision import Narrowing, Widening
 from sparsefx.passes.channels.surgery import carry_out
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -132,29 +133,20 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
-class _Narrowing(TorchDispatchMode):
-    """Notes whether an op makes a shorter floating-point format of float64."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: bool = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        wide = any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves((args, kwargs)))
-        self.found |= wide and any(_is_floating(leaf) and leaf.dtype.itemsize < 8 for leaf in tree_leaves(made))
-        return made
-
-
 class ValueTrial:
-    """Runs plans in float64 on random inputs in the shapes of the example inputs, and compares the values of outputs."""
+    """Runs plans in float64 on random inputs in the shapes of the example inputs, and compares the values of outputs.
+
+    Raises:
+        VerificationError: the model itself does not run in float64.
+    """
 
     def __init__(self, model: nn.Module, arguments: Arguments, seed: int) -> None:
         self._model = copy_with(model, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor).eval()
         self._generator = torch.Generator().manual_seed(seed)
         self._seed = seed
         self._inputs = tree_map(lambda leaf: _random_like(leaf, self._generator), arguments)
-        self._expected = self._outputs(self._model)
+        self._widens = False
+        self._expected = self._first_outputs()
         if not all(_is_finite(leaf) for leaf in self._expected):
             # Random numbers are no input for this model; its own example is.
             self._inputs = tree_map(lambda leaf: leaf.double() if _is_floating(leaf) else leaf, arguments)
@@ -186,14 +178,29 @@ class ValueTrial:
 
     def narrows(self) -> bool:
         """Whether the model's own code goes on in float32 or less where it is given float64."""
-        seen = _Narrowing()
+        seen = Narrowing()
         with seen:
             self._outputs(self._model)
         return seen.found
 
+    def _first_outputs(self) -> list[Any]:
+        """Outputs of the model itself; where its code asks for a shorter format and fails beside float64, it gets float64."""
+        try:
+            return self._outputs(self._model)
+        except Exception:  # what the model's own code raises
+            self._widens = True
+        try:
+            return self._outputs(self._model)
+        except Exception as error:
+            raise VerificationError(
+                f"outputs of {type(self._model).__name__} cannot be compared: it does not run in float64 ({_first_line(error)}). "
+                "The model is as before. Prune those of its submodules that do, each with inputs of its own"
+            ) from error
+
     def _outputs(self, model: nn.Module) -> list[Any]:
         args, kwargs = copies(*self._inputs)
-        with unchanged(model), torch.no_grad():
+        widening = Widening() if self._widens else nullcontext()  # type: ignore[no-untyped-call]
+        with unchanged(model), torch.no_grad(), widening:
             # Code that draws random numbers in eval mode draws the same ones.
             torch.manual_seed(self._seed)
             return tree_leaves(model(*args, **kwargs))

@@ -1,0 +1,51 @@
+"""What a model's own code does to float64: whether it goes on in less, and a mode in which it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class Narrowing(TorchDispatchMode):
+    """Notes whether an op makes a shorter floating-point format of float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: bool = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        wide = any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves((args, kwargs)))
+        self.found |= wide and any(_is_short(leaf) for leaf in tree_leaves(made))
+        return made
+
+
+class Widening(TorchDispatchMode):
+    """Makes float64 wherever code asks for, or makes, a shorter floating-point format.
+
+    Code that holds a format, as in ``grid.float()``, fails beside weights in float64; the same code computes the same function in
+    float64. Ops that write into a tensor of the shorter format keep it.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func._schema.is_mutable:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(_widened, (args, kwargs or {}))
+        return tree_map(_widened, func(*args, **kwargs))
+
+
+def _is_short(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize < 8
+
+
+def _widened(leaf: Any) -> Any:
+    if isinstance(leaf, torch.dtype):
+        return torch.float64 if leaf.is_floating_point else leaf
+    return leaf.double() if _is_short(leaf) else leaf
+
+
+__all__ = ["Narrowing", "Widening"]

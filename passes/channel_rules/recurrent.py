@@ -61,17 +61,14 @@ def layers(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -
     if value.varying - {last} or dropped:
         return propagation.refuse(node, "meets channels along other axes than its own, or drops some in training")
     units = _units(propagation, cells, kind)
-    states = arguments["hx"] if isinstance(arguments["hx"], (list, tuple)) else [arguments["hx"]]
-    silent = _first_states(propagation, node, states, units)
+    silent = _first_states(propagation, node, arguments["hx"], units)
     if silent is None:
         return propagation.refuse(node, "has first states with channels along other axes than its own")
     into, constant = along(value.labels, last, value.shape[last]), constant_along(value, last)
-    places = math.prod(value.shape[:-1])
     zeros = np.zeros_like(silent)
     for first in range(0, len(cells), directions):
-        rows = range(first, first + directions)
-        for row in rows:
-            zeros[row] = _read(propagation, node, cells[row], kind, (into, units[row]), (constant, silent[row]), places)
+        for row in range(first, first + directions):
+            zeros[row] = _read(propagation, node, cells[row], kind, (into, units[row]), (constant, silent[row]), value)
         into = units[first : first + directions].ravel()
         constant = _as_constant(zeros[first : first + directions]).ravel()
     propagation.add_blocks(Blocks(units))
@@ -95,13 +92,11 @@ def cell(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> 
     if cells is None or len(biases) == 1 or value.varying - {last}:
         return propagation.refuse(node, "has a form without a rule")
     units = _units(propagation, cells, kind)
-    states = arguments["hx"] if isinstance(arguments["hx"], (list, tuple)) else [arguments["hx"]]
-    silent = _first_states(propagation, node, states, units)
+    silent = _first_states(propagation, node, arguments["hx"], units)
     if silent is None:
         return propagation.refuse(node, "has states with channels along other axes than its own")
-    into, constant = along(value.labels, last, value.shape[last]), constant_along(value, last)
-    places = math.prod(value.shape[:-1])
-    known = _as_constant(_read(propagation, node, cells[0], kind, (into, units[0]), (constant, silent[0]), places))
+    read = (along(value.labels, last, value.shape[last]), units[0])
+    known = _as_constant(_read(propagation, node, cells[0], kind, read, (constant_along(value, last), silent[0]), value))
     outputs = node.meta["val"]
     if isinstance(outputs, (tuple, list)):
         return tuple(_behind(tuple(int(size) for size in one.shape), units[0], known) for one in outputs)
@@ -139,10 +134,10 @@ def _units(propagation: Propagation, cells: Sequence[Cell], kind: Kind) -> Integ
     return np.stack(found)
 
 
-def _first_states(propagation: Propagation, node: fx.Node, states: Sequence[Any], units: Integers) -> Mask | None:
+def _first_states(propagation: Propagation, node: fx.Node, states: Any, units: Integers) -> Mask | None:
     """Which units start at zero, shape [cells, H]; None where a state's channels do not stand along its last axis."""
     silent = np.ones(units.shape, dtype=bool)
-    for given in states:
+    for given in states if isinstance(states, (list, tuple)) else [states]:
         state = propagation.value(given)
         rank = len(state.shape)
         if state.varying - {rank - 1} and not (rank == 3 and state.varying <= {0, 2}):
@@ -172,16 +167,17 @@ def _read(
     kind: Kind,
     labels: tuple[Integers, Integers],
     known: tuple[Floats, Mask],
-    places: int,
+    value: Value,
 ) -> Mask:
     """Note what the gates of a cell read, and tell which of its units are zero at all times; shape [H].
 
     Args:
         labels: of the inputs, and of the units.
         known: constants of the inputs, and which units start at zero.
-        places: steps times samples.
+        value: what the recurrent op is given: each step of each sample is a place.
     """
     (into, units), (constant, silent) = labels, known
+    places = math.prod(value.shape[:-1])
     out = np.tile(units, kind.gates)
     zero = _stays_zero(one, kind, constant, silent)
     propagation.labels.union(into, propagation.axis(one.into, 1))

@@ -50,7 +50,7 @@ def channel_plan(
 
     Raises:
         CaptureError: torch.export refuses the model.
-        VerificationError: outputs differ, which is a bug in sparsefx.
+        VerificationError: the model does not run in float64; or outputs differ, which is a bug in sparsefx.
         StateError: the model is on the meta device.
         NonFiniteError: a weight holds NaN or infinity.
         OptionError: ``multiple`` is neither "auto" nor a positive number.

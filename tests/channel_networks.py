@@ -376,6 +376,22 @@ def _recurrent(b: Builder) -> None:
     b.step(run, (source,), (out, size))
 
 
+def _places(b: Builder) -> None:
+    """Places of an image as the channels of another layer, summed over beside channels that stand elsewhere."""
+    source = b.one()
+    if b.sizes[source] != 8:
+        return
+    number, kind = b.layer(nn.Linear(64, 64, bias=bool(b.choose(2)))), b.choose(2)
+
+    def mix(net: Any, image: Tensor, x: Tensor) -> Tensor:
+        other = torch.tanh(net.layers[number](image.flatten(2)))
+        mixed = x.flatten(2) @ other.transpose(1, 2) if kind else torch.einsum("bcp,bdp->bcd", x.flatten(2), other)
+        made: Tensor = x * torch.sigmoid(mixed.sum(2))[:, :, None, None]
+        return made
+
+    b.step(mix, (0, source), (b.channels[source], 8))
+
+
 def _odd(b: Builder) -> None:
     """Ops over channels, and one that has no rule."""
     source, kind = b.one(), b.choose(4)
@@ -392,7 +408,7 @@ def _odd(b: Builder) -> None:
 _STEPS: tuple[Callable[[Builder], None], ...] = (
     *(_conv, _conv, _conv, _grouped, _depthwise, _transposed, _norm, _norm, _activation, _activation, _add, _add, _multiply),
     *(_squeeze, _scale, _concatenate, _split, _shuffle, _pixels, _pool, _pad, _shared, _attention, _feed_forward, _recurrent),
-    _odd,
+    *(_places, _odd),
 )
 
 

@@ -94,8 +94,13 @@ def _summed(propagation: Propagation, node: fx.Node, operands: tuple[Value, Valu
     zero: NDArray[np.bool_] = np.zeros(1, dtype=bool)
     for value, letters in zip(operands, inputs, strict=True):
         axis = letters.index(letter)
-        vectors.append(along(value.labels, axis, value.shape[axis]))
+        if axis in value.varying:
+            vectors.append(along(value.labels, axis, value.shape[axis]))
         zero = zero | (constant_along(value, axis) == 0)
+    if len(vectors) < 2:
+        # The other side has its channels elsewhere: its places along this axis stay, and with them what they meet.
+        propagation.pin_labels(vectors[0], f"{op_name(node)} sums over it", module_path(node))
+        return
     propagation.labels.union(vectors[0], vectors[1])
     propagation.pin_labels(vectors[0][~zero], f"{op_name(node)} sums over it", module_path(node))
 

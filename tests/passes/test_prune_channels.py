@@ -411,3 +411,19 @@ def test_a_model_that_does_not_run_in_float64_is_refused() -> None:
     empty(model.stem.weight, 1, 4)  # type: ignore[arg-type, union-attr]
     with pytest.raises(VerificationError, match=r"does not run in float64 \(ValueError: only float32\)"):
         sparsefx.prune_channels(model, torch.randn(IMAGE))
+
+
+def test_a_sum_over_channels_that_meet_places_of_others_keeps_them() -> None:
+    model = filled(
+        Around(
+            lambda m, x: m.head(m.a(x) @ m.b(x).transpose(1, 2)),
+            a=nn.Conv1d(3, 6, 1, bias=False),
+            b=nn.Linear(5, 5, bias=False),
+            head=nn.Conv1d(6, 2, 1),
+        )
+    )
+    empty(model.a.weight, 1, 4)  # type: ignore[arg-type, union-attr]
+    empty(model.b.weight, 0, 2)  # type: ignore[arg-type, union-attr]
+    small, _ = pruned(model, torch.randn(2, 3, 5))
+    assert widths(small)["a.weight"][0] == 4
+    assert widths(small)["b.weight"] == (5, 5)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Choose = Callable[[int], int]
+from tests.channel_builder import Builder, Choose, Net
+from tests.channel_steps import odd, places, recurrent, reordered
 
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     F.relu,
@@ -31,77 +32,6 @@ _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: F.elu(x - 0.25),
     lambda x: F.relu_(x * 1.0),
 )
-
-
-class Net(nn.Module):
-    """Runs its steps; each takes tensors made before, by number, and appends what it makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        self.scales = nn.ParameterList()
-        self.steps: list[tuple[Callable[..., Any], tuple[int, ...]]] = []
-        self.outputs: list[int] = []
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        values: list[Any] = [x]
-        for step, sources in self.steps:
-            made = step(self, *(values[source] for source in sources))
-            values.extend(made if isinstance(made, (tuple, list)) else [made])
-        return [values[number] for number in self.outputs]
-
-
-class Builder:
-    """Adds random steps to a network of images, and keeps channels and sizes of every tensor."""
-
-    def __init__(self, choose: Choose) -> None:
-        self.choose = choose
-        self.net = Net()
-        self.channels = [4]
-        self.sizes = [8]
-
-    def layer(self, module: nn.Module) -> int:
-        self.net.layers.append(module)
-        return len(self.net.layers) - 1
-
-    def scale(self, *shape: int) -> int:
-        self.net.scales.append(nn.Parameter(torch.randn(*shape)))
-        return len(self.net.scales) - 1
-
-    def step(self, function: Callable[..., Any], sources: tuple[int, ...], *made: tuple[int, int]) -> int:
-        """Add a step that makes tensors of these (channels, size); returns the number of the first."""
-        self.net.steps.append((function, sources))
-        for channels, size in made:
-            self.channels.append(channels)
-            self.sizes.append(size)
-        return len(self.channels) - len(made)
-
-    def call(self, module: nn.Module, source: int, channels: int, size: int) -> int:
-        number = self.layer(module)
-        return self.step(lambda net, x: net.layers[number](x), (source,), (channels, size))
-
-    def one(self) -> int:
-        """A tensor made before, recent ones more often."""
-        last = len(self.channels) - 1
-        return max(0, last - self.choose(min(4, last + 1)))
-
-    def alike(self, source: int) -> int:
-        """A tensor of the same shape: one that is there, or a new projection of another one."""
-        fitting = [
-            number
-            for number in range(1, len(self.channels))
-            if number != source and (self.channels[number], self.sizes[number]) == (self.channels[source], self.sizes[source])
-        ]
-        if fitting and self.choose(3):
-            return fitting[self.choose(len(fitting))]
-        same_size = [number for number in range(len(self.channels)) if self.sizes[number] == self.sizes[source]]
-        other = same_size[self.choose(len(same_size))]
-        return self.call(
-            nn.Conv2d(self.channels[other], self.channels[source], 1, bias=bool(self.choose(2))),
-            other,
-            self.channels[source],
-            self.sizes[source],
-        )
 
 
 def _conv(b: Builder) -> None:
@@ -353,62 +283,10 @@ def _feed_forward(b: Builder) -> None:
     b.step(feed, (source,), (channels, size))
 
 
-def _recurrent(b: Builder) -> None:
-    """A recurrent layer over the places of an image, read by what it returns at each place or by its last states."""
-    source = b.one()
-    channels, size = b.channels[source], b.sizes[source]
-    if size > 4:
-        return
-    kind, deep, both, units = (nn.LSTM, nn.GRU, nn.RNN)[b.choose(3)], 1 + b.choose(2), bool(b.choose(2)), 5
-    number = b.layer(kind(channels, units, deep, bias=bool(b.choose(3)), batch_first=True, bidirectional=both))
-    out = units * (2 if both else 1)
-    reads = b.choose(3)
-
-    def run(net: Any, x: Tensor) -> Tensor:
-        made, states = net.layers[number](x.flatten(2).transpose(1, 2))
-        if reads == 0:
-            last = states[0] if isinstance(states, tuple) else states
-            added = last.unflatten(0, (deep, -1))[-1].transpose(0, 1).flatten(1)
-            made = made * torch.sigmoid(added).unsqueeze(1)
-        image: Tensor = made.transpose(1, 2).unflatten(2, (size, size))
-        return image
-
-    b.step(run, (source,), (out, size))
-
-
-def _places(b: Builder) -> None:
-    """Places of an image as the channels of another layer, summed over beside channels that stand elsewhere."""
-    source = b.one()
-    if b.sizes[source] != 8:
-        return
-    number, kind = b.layer(nn.Linear(64, 64, bias=bool(b.choose(2)))), b.choose(2)
-
-    def mix(net: Any, image: Tensor, x: Tensor) -> Tensor:
-        other = torch.tanh(net.layers[number](image.flatten(2)))
-        mixed = x.flatten(2) @ other.transpose(1, 2) if kind else torch.einsum("bcp,bdp->bcd", x.flatten(2), other)
-        made: Tensor = x * torch.sigmoid(mixed.sum(2))[:, :, None, None]
-        return made
-
-    b.step(mix, (0, source), (b.channels[source], 8))
-
-
-def _odd(b: Builder) -> None:
-    """Ops over channels, and one that has no rule."""
-    source, kind = b.one(), b.choose(4)
-    functions: tuple[Callable[[Tensor], Tensor], ...] = (
-        lambda x: torch.softmax(x, 1),
-        lambda x: x - x.mean(1, keepdim=True),
-        lambda x: torch.cumsum(x, 1),
-        torch.special.i0e,
-    )
-    chosen = functions[kind]
-    b.step(lambda net, x: chosen(x), (source,), (b.channels[source], b.sizes[source]))
-
-
 _STEPS: tuple[Callable[[Builder], None], ...] = (
     *(_conv, _conv, _conv, _grouped, _depthwise, _transposed, _norm, _norm, _activation, _activation, _add, _add, _multiply),
-    *(_squeeze, _scale, _concatenate, _split, _shuffle, _pixels, _pool, _pad, _shared, _attention, _feed_forward, _recurrent),
-    *(_places, _odd),
+    *(_squeeze, _scale, _concatenate, _split, _shuffle, _pixels, _pool, _pad, _shared, _attention, _feed_forward, recurrent),
+    *(places, odd, reordered, reordered),
 )
 
 

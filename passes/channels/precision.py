@@ -28,14 +28,31 @@ class Widening(TorchDispatchMode):
     """Makes float64 wherever code asks for, or makes, a shorter floating-point format.
 
     Code that holds a format, as in ``grid.float()``, fails beside weights in float64; the same code computes the same function in
-    float64. Ops that write into a tensor of the shorter format keep it.
+    float64. Ops that write into a tensor of the shorter format keep it. Products of mixtures of experts have no float64 kernel;
+    they are taken apart.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func._schema.is_mutable:
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(_widened, (args, kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and (made := _grouped_product(*args, **kwargs)) is not None:
+            return made
         return tree_map(_widened, func(*args, **kwargs))
+
+
+def _grouped_product(
+    rows: Tensor, weights: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """``rows[offs[g - 1] : offs[g]] @ weights[g]`` for each group; None for the other forms of the op."""
+    if offs is None or bias is not None or rows.dim() != 2 or weights.dim() != 3:
+        return None
+    made = rows.new_zeros(rows.shape[0], weights.shape[2])
+    start = 0
+    for weight, end in zip(weights.unbind(0), offs.tolist(), strict=True):
+        made[start:end] = rows[start:end] @ weight
+        start = end
+    return made
 
 
 def _is_short(leaf: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsefx
-from sparsefx.errors import VerificationError
 from tests.channel_pruning import IMAGE, Around, empty, filled, pruned, widths
 
 
@@ -378,39 +376,6 @@ def test_a_bias_of_positions_goes_with_its_head() -> None:
     small, _ = pruned(model, torch.randn(2, 5, 6))
     assert small.table.shape == (5, 5, 2)
     assert small.qkv.weight.shape == (24, 6)  # type: ignore[union-attr]
-
-
-def code_that_holds_float32(model: nn.Module, x: Tensor) -> Tensor:
-    grid = torch.arange(x.shape[-1]).float()
-    made: Tensor = model.head(model.stem(x) @ torch.outer(grid, grid))  # type: ignore[operator]
-    return made
-
-
-def test_code_that_asks_for_float32_is_compared_in_float64_all_the_same() -> None:
-    model = filled(Around(code_that_holds_float32, stem=nn.Conv2d(3, 8, 3, padding=1, bias=False), head=nn.Conv2d(8, 2, 1)))
-    empty(model.stem.weight, 1, 4)  # type: ignore[arg-type, union-attr]
-    with pytest.raises(RuntimeError, match="same dtype"):
-        copy.deepcopy(model).double()(torch.randn(IMAGE).double())
-    plan = sparsefx.channel_plan(model, torch.randn(IMAGE), multiple=1)
-    assert plan.report.difference is not None
-    assert plan.report.difference < 1e-12
-    x = torch.randn(IMAGE)
-    small = sparsefx.apply_channel_plan(model, plan)
-    assert widths(small)["stem.weight"][0] == 6
-    torch.testing.assert_close(small(x), model(x))
-
-
-def test_a_model_that_does_not_run_in_float64_is_refused() -> None:
-    def only_float32(model: nn.Module, x: Tensor) -> Tensor:
-        made: Tensor = model.head(model.stem(x))  # type: ignore[operator]
-        if model.stem.weight.dtype == torch.float64:  # type: ignore[union-attr]
-            raise ValueError("only float32")
-        return made
-
-    model = filled(Around(only_float32, stem=nn.Conv2d(3, 8, 3), head=nn.Conv2d(8, 2, 1)))
-    empty(model.stem.weight, 1, 4)  # type: ignore[arg-type, union-attr]
-    with pytest.raises(VerificationError, match=r"does not run in float64 \(ValueError: only float32\)"):
-        sparsefx.prune_channels(model, torch.randn(IMAGE))
 
 
 def test_a_sum_over_channels_that_meet_places_of_others_keeps_them() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.errors import OptionError
-from sparsefx.ops import native
+from sparsefx.ops import cuda_transposable, native
 from sparsefx.ops.masks_of_shards import choose_of_shards
 from sparsefx.patterns.global_unstructured import GlobalUnstructured
 from sparsefx.patterns.selection import participating
@@ -211,6 +211,8 @@ def _choose(weights: Sequence[Tensor], records: Sequence[SparseParameter], densi
             together.setdefault((record.pattern, density), []).append(position)
         elif record.shards is not None:
             shared.append(position)
+        elif record.pattern == cuda_transposable.PATTERN and cuda_transposable.runs_here(weight):
+            record.mask.copy_(cuda_transposable.choose_mask(weight))
         else:
             record.mask.copy_(record.pattern._mask(weight.abs(), density, record.reduction_axis))
     rankings = [([records[i]], [weights[i]], densities[i]) for i in shared]

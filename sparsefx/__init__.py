@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from sparsefx import algorithms, patterns, schedules
+from sparsefx.acceleration import accelerate, load_accelerated
 from sparsefx.api import attach, audit, export_onnx, export_parts, finalize, graph, masks, sparsify
 from sparsefx.channel_order import channel_order, permute_channels
 from sparsefx.errors import SparsefxError
@@ -11,6 +12,7 @@ from sparsefx.mask_once import mask_once
 from sparsefx.narrow import small_baseline
 from sparsefx.onnx_audit import audit_onnx
 from sparsefx.onnx_files import compact_onnx, densify_onnx
+from sparsefx.passes.acceleration_report import Acceleration
 from sparsefx.passes.analyze_eligibility import Eligibility
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.permute_channels import ChannelOrder
@@ -26,12 +28,14 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "Acceleration",
     "ChannelOrder",
     "ChannelPlan",
     "Eligibility",
     "Loaded",
     "MaskRuntime",
     "SparsefxError",
+    "accelerate",
     "algorithms",
     "apply_channel_plan",
     "attach",
@@ -48,6 +52,7 @@ __all__ = [
     "graph",
     "kept_magnitude",
     "load",
+    "load_accelerated",
     "lottery_ticket",
     "mask_once",
     "masks",

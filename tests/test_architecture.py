@@ -28,7 +28,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("program", "capture", "verify", "follow", "runtime", "analysis", "one_shot", "first_masks"),
     ("passes",),
-    ("api", "onnx_audit", "lottery", "mask_once", "pruning", "channel_order", "sparse_file", "narrow"),
+    (
+        "api",
+        "onnx_audit",
+        "lottery",
+        "mask_once",
+        "pruning",
+        "channel_order",
+        "sparse_file",
+        "narrow",
+        "acceleration",
+        "training_backend",
+        "live_rows",
+    ),
     ("", "cli", "integrations", "demo"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

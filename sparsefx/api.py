@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace as replace_fields
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from sparsefx.densities import Densities
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.first_masks import first_masks, method_of
 from sparsefx.inputs import with_zeros, without_values
+from sparsefx.live_rows import dense_row, live_row
 from sparsefx.model_record import ModelRecord, forget, has_records, model_records, set_model_record
 from sparsefx.one_shot import OneShotMethod
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
@@ -26,12 +26,13 @@ from sparsefx.passes.lower_onnx import Encoding, lower_onnx
 from sparsefx.passes.lower_parts import PartsReport, lower_parts
 from sparsefx.passes.onnx_report import ExportReport
 from sparsefx.patterns import Pattern
-from sparsefx.report import Audit, LayerReport
+from sparsefx.report import Audit
 from sparsefx.runtime import MaskRuntime
 from sparsefx.schedules import DensitySchedule, density_at
 from sparsefx.sharded_records import refuse_distributed, share_out
 from sparsefx.shards import values_of
-from sparsefx.sparse_parameter import SparseParameter, add_record, empty_channels, expect_masked, sparse_parameters
+from sparsefx.sparse_parameter import SparseParameter, add_record, expect_masked, sparse_parameters
+from sparsefx.training_backend import expect_backend, install_backend
 
 _ON_ONE_PROCESS = "do that on one process, with a model that a checkpoint is loaded into before (or without) fully_shard"
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,6 +52,7 @@ def sparsify(
     include: Selection = None,
     exclude: Selection = None,
     eligibility: Eligibility | None = None,
+    backend: str | None = None,
 ) -> Model:
     """Make the eligible Linear and Conv weights of ``model`` sparse, in place, all or nothing.
 
@@ -76,12 +78,14 @@ def sparsify(
         include: names, globs, module types or predicates ``(name, module) -> bool`` of the layers to consider.
         exclude: likewise, of layers to leave dense.
         eligibility: the rule to use in place of the paper's.
+        backend: ``"sparse_tensor_cores"`` trains ``2:4-transposable`` Linear layers on an NVIDIA GPU's sparse kernels, each where
+            that is faster on ``example_inputs``; the audit tells which, and why not. None multiplies zeros.
 
     Returns:
         The same object.
 
     Raises:
-        StateError: the model is sparsified already.
+        StateError: the model is sparsified already, or this machine has no kernels for ``backend``.
         PatternError, OptionError: unknown pattern or algorithm, or densities or an algorithm that do not fit the pattern.
         EligibilityError: no layer is eligible, or ``include``/``exclude`` match nothing.
         CaptureError: the model does not run on the example inputs.
@@ -94,6 +98,7 @@ def sparsify(
         )
     refuse_distributed(model, "sparsify", "call sparsify before fully_shard or parallelize_module, and attach after it")
     chosen = _pattern(pattern, "sparsify")
+    expect_backend(backend, chosen)
     expect_generator(generator)
     resolved = chosen.resolve_density(density)
     method = method_of(algorithm, chosen, calibration=calibration, densities=densities)
@@ -153,6 +158,8 @@ def sparsify(
                 module_name, _, local_name = row.parameter.rpartition(".")
                 add_record(model.get_submodule(module_name), local_name, record)
             checkpoint.watch_loading(model)
+            if backend is not None:
+                remembered.layers = install_backend(model, analysis.layers, example_inputs)
             set_model_record(model, remembered)
         except BaseException:
             for weight, record in zip(weights, records, strict=True):
@@ -334,7 +341,7 @@ def audit(
         current = {name: masked for name, _, masked in sparse_parameters(model)}
         parameters = dict(model.named_parameters(remove_duplicate=False))
         layers = tuple(
-            _live(layer, parameters[layer.parameter], current.get(layer.parameter)) if layer.parameter in parameters else layer
+            live_row(layer, parameters[layer.parameter], current.get(layer.parameter)) if layer.parameter in parameters else layer
             for layer in record.layers
         )
         settings = {"pattern": record.pattern, "density": record.density, "algorithm": record.algorithm}
@@ -353,7 +360,7 @@ def audit(
     layers = analysis.layers
     masked = {name for name, _, _ in sparse_parameters(model)}
     if masked:
-        layers = tuple(layer if layer.parameter in masked else _dense(layer) for layer in layers)
+        layers = tuple(layer if layer.parameter in masked else dense_row(layer) for layer in layers)
     settings = {"pattern": chosen.name, "density": resolved, "sparsified": bool(masked)}
     return Audit(layers=layers, unseen=analysis.unseen, settings=settings, title=type(model).__name__)
 
@@ -472,22 +479,3 @@ def _eligibility(rule: object, caller: str) -> Eligibility:
     if isinstance(rule, Eligibility):
         return rule
     raise OptionError(f"{caller} was given eligibility={rule!r}; expected a sparsefx.Eligibility, or None for the paper's rule")
-
-
-def _dense(layer: LayerReport) -> LayerReport:
-    reason = layer.reason or "was no part of the model when that was sparsified"
-    return replace_fields(layer, sparse=False, reason=reason, pattern="", density=1.0, tensor_core_reason="is dense")
-
-
-def _live(layer: LayerReport, weight: Tensor, record: SparseParameter | None) -> LayerReport:
-    """The decision stored at sparsify, with density and empty channels as they are now."""
-    if weight.is_meta:
-        return layer
-    empty = empty_channels(weight.detach(), layer.reduction_axis)
-    if record is None:
-        reason = layer.reason or "was finalized: its zeros are baked in, and nothing keeps them"
-        tensor_core = layer.tensor_core_reason if layer.reason else "is dense"
-        return replace_fields(
-            layer, sparse=False, reason=reason, pattern="", density=1.0, empty_channels=empty, tensor_core_reason=tensor_core
-        )
-    return replace_fields(layer, density=float(record.mask.float().mean()), empty_channels=empty)

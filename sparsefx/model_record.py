@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefx.checkpoint import unwatch_loading
+from sparsefx.ops import sparse_training
 from sparsefx.report import LayerReport
 from sparsefx.sparse_parameter import SparseParameter, records_of, remove_records, sparse_parameters
 
@@ -88,13 +89,15 @@ def _watch(record: ModelRecord, parameter: nn.Parameter, sparse: SparseParameter
 
 
 def forget(model: nn.Module) -> None:
-    """Take away all that was put beside the model: records of parameters and of models, the hooks on loading, warnings."""
+    """Take away all that was put beside the model: records of parameters and of models, the hooks on loading,
+    warnings, training kernels."""
     for module in model.modules():
         for record in records_of(module).values():
             if record.warning is not None:
                 record.warning.remove()
         remove_records(module)
     unwatch_loading(model)
+    sparse_training.remove(model)
     for module, _ in list(model_records(model)):
         del module.__dict__[_KEY]
 

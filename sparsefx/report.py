@@ -33,6 +33,7 @@ class LayerReport:
         call_sites: where the weight is used, in order.
         reduction_axis: 0 or 1, the axis along which the layer sums; 2 for a stack of matrices ``[n, out, in]``.
         tensor_core_reason: why Sparse Tensor Cores would not take it; empty where they would.
+        backend: what trains it, where `sparsify` was given a backend: the kernel, or ``dense: `` and the reason.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LayerReport:
     call_sites: tuple[str, ...]
     reduction_axis: int
     tensor_core_reason: str
+    backend: str = ""
 
     @property
     def effective_flops(self) -> int | None:

@@ -24,6 +24,7 @@ _WIDTH = 132
 _ROWS_SHOWN_ONE_BY_ONE = 40
 _UNSEEN_SHOWN = 8
 NOT_FOR_HARDWARE = "Sparse, but not for Sparse Tensor Cores"
+TRAINS = "Sparse, and trained by"
 
 
 def as_text(audit: Audit, width: int = _WIDTH) -> str:
@@ -46,7 +47,12 @@ def renderables(audit: Audit) -> Iterator[RenderableType]:
         yield Text(line)
     if audit.layers:
         yield _table(audit)
-    for heading, reasons in (("Dense, and why", dense_reasons(audit)), (NOT_FOR_HARDWARE, hardware_reasons(audit))):
+    sections = (
+        ("Dense, and why", dense_reasons(audit)),
+        (NOT_FOR_HARDWARE, hardware_reasons(audit)),
+        (TRAINS, backend_reasons(audit)),
+    )
+    for heading, reasons in sections:
         if reasons:
             yield Text(heading, style="bold")
             for share, reason, names in reasons:
@@ -240,6 +246,11 @@ def hardware_reasons(audit: Audit) -> list[tuple[str, str, str]]:
     """Why Sparse Tensor Cores would not take sparse layers, likewise."""
     rows = [row for row in audit.layers if row.sparse and row.tensor_core_reason]
     return _reasons(audit, rows, lambda row: row.tensor_core_reason)
+
+
+def backend_reasons(audit: Audit) -> list[tuple[str, str, str]]:
+    """What trains sparse layers, where a backend was asked for, likewise."""
+    return _reasons(audit, [row for row in audit.layers if row.sparse and row.backend], lambda row: row.backend)
 
 
 def _reasons(audit: Audit, layers: Sequence[LayerReport], reason: Callable[[LayerReport], str]) -> list[tuple[str, str, str]]:

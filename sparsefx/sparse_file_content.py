@@ -102,7 +102,7 @@ def _models(model: nn.Module, tensors: dict[str, Tensor]) -> list[dict[str, Any]
             "pattern": record.pattern,
             "density": record.density,
             "algorithm": record.algorithm,
-            "layers": [asdict(layer) for layer in record.layers],
+            "layers": [{**asdict(layer), "backend": ""} for layer in record.layers],
             "unseen": list(record.unseen),
             "inputs": flatten(record.inputs, tensors, f"{OWN}inputs"),
         }

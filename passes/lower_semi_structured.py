@@ -228,7 +228,7 @@ def _wrong(layer: SemiStructuredLayer, module: nn.Module, matrix: Tensor, exampl
     """What is wrong with a packed layer, told on random inputs; empty where it computes what the dense layer does.
 
     Of sums of k products that are rounded to a unit u, each kernel may be off by k u' |x| |w| while it sums (u' of float32), and
-    by u of the result at the end.
+    by u of the result at the end, and of the sum before the bias comes.
     """
     restored = layer.kernel.unpack(layer.operands(), layer.in_features)
     if not torch.equal(restored, decompress(layer.compressed())) or (layer.scale is None and not torch.equal(restored, matrix)):
@@ -241,10 +241,12 @@ def _wrong(layer: SemiStructuredLayer, module: nn.Module, matrix: Tensor, exampl
     if layer.scale is not None:
         values, factors = quantize_rows(rows)
         exact_rows = values.double() * factors
-    exact = exact_rows @ matrix.double().t() + (0 if bias is None else bias.double())
-    magnitude = exact_rows.abs() @ matrix.double().abs().t() + (0 if bias is None else bias.double().abs())
+    shift = torch.zeros((), dtype=torch.float64, device=matrix.device) if bias is None else bias.double()
+    exact = exact_rows @ matrix.double().t() + shift
+    magnitude = exact_rows.abs() @ matrix.double().abs().t() + shift.abs()
     unit = torch.finfo(rows.dtype).eps
-    allowed = 2 * unit * exact.abs() + 2 * layer.in_features * torch.finfo(torch.float32).eps * magnitude + unit * unit
+    summing = 2 * layer.in_features * torch.finfo(torch.float32).eps * magnitude
+    allowed = 2 * unit * (exact.abs() + shift.abs()) + summing + unit * unit
     off = (result - exact).abs()
     if bool((off <= allowed).all()):
         return ""

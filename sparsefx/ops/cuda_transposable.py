@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -183,17 +184,19 @@ def launch(
         operands = packed[1:]
     elif dense is not None:
         operands = (dense[0], unused, dense[1], unused)
-    transposable_kernel[grid](
-        weight,
-        unused if given is None else given.view(torch.uint8),
-        unused if mask is None else mask.view(torch.uint8),
-        *operands,
-        rows,
-        columns,
-        HAS_MASK=given is not None,
-        WRITE_MASK=mask is not None,
-        PACK=packed is not None,
-        WRITE_DENSE=dense is not None,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
-    )
+    # Triton launches on the current GPU, which need not be the weight's; in its interpreter there is none.
+    with torch.cuda.device_of(weight) if weight.is_cuda else nullcontext():
+        transposable_kernel[grid](
+            weight,
+            unused if given is None else given.view(torch.uint8),
+            unused if mask is None else mask.view(torch.uint8),
+            *operands,
+            rows,
+            columns,
+            HAS_MASK=given is not None,
+            WRITE_MASK=mask is not None,
+            PACK=packed is not None,
+            WRITE_DENSE=dense is not None,
+            num_warps=_WARPS,
+            enable_fp_fusion=False,
+        )

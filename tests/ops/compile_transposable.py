@@ -10,13 +10,18 @@ from triton.backends.compiler import GPUTarget
 from sparsefx.ops.cuda_transposable_kernel import transposable_kernel
 
 FLAGS = ("HAS_MASK", "WRITE_MASK", "PACK", "WRITE_DENSE")
-USES = {"pack": (False, True, True, False), "pack with a mask": (True, False, True, False), "mask": (False, True, False, False),
-        "dense with a mask": (True, False, False, True)}  # fmt: skip
+USES = {
+    "pack": (False, True, True, False),
+    "pack with a mask": (True, False, True, False),
+    "mask": (False, True, False, False),
+    "dense with a mask": (True, False, False, True),
+}
 
 
 def main() -> None:
     for capability, (name, flags) in itertools.product((80, 90), USES.items()):
-        pointers = dict.fromkeys(("weight", "values", "values_t"), "*bf16")
+        # A float32 weight, as under autocast, for one of them.
+        pointers = {"weight": "*fp32" if name == "pack with a mask" else "*bf16", "values": "*bf16", "values_t": "*bf16"}
         bytes_and_words = {"given": "*u8", "mask_out": "*u8", "words": "*i16", "words_t": "*i16"}
         sizes = dict.fromkeys(("rows", "columns"), "i32")
         named = {**pointers, **bytes_and_words, **sizes, **dict.fromkeys(FLAGS, "constexpr")}

@@ -69,7 +69,7 @@ def lower_semi_structured(
     expected, calls = observe_layer_calls(model, list(candidates), args, kwargs)
     measured: dict[Any, tuple[Trial, ...]] = {}
     rows: list[AcceleratedLayer] = []
-    replacements: dict[str, nn.Module] = {}
+    replacements: dict[int, nn.Module] = {}
     for name, module in found.items():
         if name not in candidates:
             rows.append(_row(name, module, reason=problems[name]))
@@ -77,13 +77,16 @@ def lower_semi_structured(
         row, replacement = _choose(name, module, calls[name], kernels, timer, int8, minimum_gain, measured)
         rows.append(row)
         if replacement is not None:
-            replacements[name] = replacement
-    for name, replacement in replacements.items():
+            replacements[id(module)] = replacement
+    # Under every name, where a layer stands at several places.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) not in replacements:
+            continue
         owner, _, local_name = name.rpartition(".")
         if not name:
-            model = replacement
+            model = replacements[id(module)]
         else:
-            setattr(model.get_submodule(owner), local_name, replacement)
+            setattr(model.get_submodule(owner), local_name, replacements[id(module)])
     difference = _difference(model, expected, args, kwargs) if replacements else 0.0
     return Acceleration(model=model, layers=tuple(rows), largest_difference=difference)
 

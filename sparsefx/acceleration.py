@@ -139,7 +139,7 @@ def load_accelerated(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Modu
         state_dict: of ``Acceleration.model``, say from ``torch.load(path, weights_only=True)``.
 
     Raises:
-        StateError: names or shapes do not fit the model.
+        StateError: names, shapes or dtypes do not fit the model.
     """
     own = copy.deepcopy(model)
     if has_records(own):
@@ -157,6 +157,8 @@ def load_accelerated(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Modu
         for name in names:
             own = _take_in(own, name, rest, kernels)
         own.load_state_dict(rest)
+    except StateError:
+        raise
     except (RuntimeError, AttributeError, KeyError) as error:
         raise StateError(
             f"the state_dict does not fit {type(model).__name__}: {str(error).splitlines()[0]}; give a model of the class and "
@@ -170,7 +172,12 @@ def _take_in(own: nn.Module, name: str, rest: dict[str, Any], kernels: tuple[Pro
     prefix = f"{name}." if name else ""
     module = own.get_submodule(name)
     compressed = Compressed(*(rest[prefix + part] for part in COMPRESSED))
-    scale = rest.get(prefix + SCALE)
+    scale, given = rest.get(prefix + SCALE), compressed.values.dtype
+    if scale is None and given != module.get_parameter("weight").dtype:
+        raise StateError(
+            f"the state_dict holds {prefix}values in {given}, and {prefix}weight of the model is "
+            f"{module.get_parameter('weight').dtype}; convert the model with .to({given}) first"
+        )
     weight = module.get_parameter("weight")
     device = weight.device
     compressed = Compressed(*(part.to(device) for part in compressed))

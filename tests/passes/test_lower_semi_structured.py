@@ -285,6 +285,8 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     state = report.model.state_dict()
     with pytest.raises(StateError, match="does not fit Sequential"):
         sparsefx.load_accelerated(nn.Sequential(nn.Linear(4, 4)), state)
+    with pytest.raises(StateError, match=r"convert the model with \.to\(torch\.float32\) first"):
+        sparsefx.load_accelerated(network().bfloat16(), state)
     with pytest.raises(RuntimeError, match=r"Missing key.*hidden\.codes"):
         report.model.load_state_dict({name: value for name, value in state.items() if name != "hidden.codes"})
     with pytest.raises(RuntimeError, match="load it into the model it was saved from"):
@@ -309,6 +311,15 @@ def test_transformers_conv1d() -> None:
     torch.testing.assert_close(report.model(data), model(data))
     dense = sparsefx.load_accelerated(nn.Sequential(layers.Conv1D(48, 32)), report.model.state_dict())
     torch.testing.assert_close(dense(data), model(data))
+
+
+def test_a_layer_at_two_places_stays_one() -> None:
+    layer = nn.Linear(32, 32)
+    report = run(sparsefx.sparsify(nn.Sequential(layer, nn.ReLU(), layer)), torch.randn(3, 32))
+    assert report.accelerated == ("0",)
+    assert report.layers[0].rows == 6
+    assert report.model[0] is report.model[2]
+    assert isinstance(report.model[2], SemiStructuredLinear)
 
 
 def test_a_model_that_is_one_layer() -> None:

@@ -43,7 +43,8 @@ class Acceleration:
     Attributes:
         model: a copy, of the same class, with the accelerated layers replaced.
         layers: one row for every Linear and Conv2d, in the model's order.
-        largest_difference: between the outputs of the two models on the example inputs, relative to the largest output.
+        largest_difference: between the outputs of the two models on the example inputs, relative to the largest output; NaN
+            where they hold no tensor that could be compared, 0 where nothing was replaced.
         settings: device, dtype and versions.
     """
 

@@ -282,13 +282,13 @@ def _measure(
 
 @torch.no_grad()
 def _difference(model: nn.Module, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """The largest difference between the outputs, relative to the largest output of each tensor."""
+    """The largest difference between the outputs, relative to the largest output of each tensor; NaN where no tensor is found."""
     before, after = tree_leaves(expected), tree_leaves(model(*args, **kwargs))
     if len(before) != len(after):
         raise VerificationError(
             f"the accelerated model gave {len(after)} outputs, the given one {len(before)}; report this model"
         )
-    worst = 0.0
+    worst = math.nan
     for one, other in zip(before, after, strict=True):
         if not isinstance(one, Tensor) or not one.is_floating_point() or not one.numel():
             continue
@@ -296,5 +296,6 @@ def _difference(model: nn.Module, expected: Any, args: tuple[Any, ...], kwargs: 
             raise VerificationError("the accelerated model gave NaN or infinity where the given one does not; try bfloat16")
         largest = float(one.abs().max())
         if math.isfinite(largest) and largest > 0:
-            worst = max(worst, float((one.double() - other.double()).abs().max()) / largest)
+            difference = float((one.double() - other.double()).abs().max()) / largest
+            worst = difference if math.isnan(worst) else max(worst, difference)
     return worst

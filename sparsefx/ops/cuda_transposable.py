@@ -107,10 +107,18 @@ def choose_mask(weight: Tensor, *, compiled: bool = True) -> Tensor:
     return mask
 
 
-def masked_both_ways(weight: Tensor, mask: Tensor, dtype: torch.dtype, *, compiled: bool = True) -> tuple[Tensor, Tensor]:
-    """``weight`` where ``mask`` is True and zero elsewhere, in ``dtype``, and its transpose, both contiguous."""
-    if not (compiled and runs_here(weight) and mask.is_contiguous()):
-        masked = weight.masked_fill(~mask, 0).to(dtype)
+def masked_both_ways(weight: Tensor, mask: Tensor | None, dtype: torch.dtype, *, compiled: bool = True) -> tuple[Tensor, Tensor]:
+    """``weight`` where the mask is True and zero elsewhere, in ``dtype``, and its transpose, both contiguous.
+
+    Args:
+        weight: ``[rows, columns]``, both multiples of 4.
+        mask: bool, in its shape; None stands for the best one for ``|weight|``.
+        dtype: of both results.
+        compiled: False leaves it to plain torch, with the same result.
+    """
+    if not (compiled and runs_here(weight) and (mask is None or mask.is_contiguous())):
+        chosen = choose_mask(weight, compiled=False) if mask is None else mask
+        masked = weight.masked_fill(~chosen, 0).to(dtype)
         return masked.contiguous(), masked.t().contiguous()
     masked, turned = weight.new_empty(weight.shape, dtype=dtype), weight.new_empty(weight.shape[::-1], dtype=dtype)
     launch(weight, mask, dense=(masked, turned))

@@ -45,6 +45,7 @@ def test_a_given_mask_is_kept_and_masks_are_chosen_before_rounding(generator: to
     assert torch.equal(masked, weight.masked_fill(~other, 0).half())
     assert torch.equal(turned, masked.t())
     assert turned.is_contiguous()
+    assert torch.equal(masked_both_ways(weight, None, torch.float16)[0], weight.masked_fill(~choose_mask(weight), 0).half())
 
 
 def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.cuda.sparse_convolution_estimate import DEVICES, Layer, resnet50
 
-NEEDS = {"inference_models": ("transformers", "timm", "torchvision"), "training_step": ("timm",)}
+NEEDS = {"inference_models": ("transformers",)}
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -27,6 +27,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         ("training_linear", (), "64 x 128"),
         ("mask_and_pack", (), "mask and pack, CUTLASS"),
         ("inference_models", ("--model", "bert_large", "--int8"), "13 of 13 layers sparse"),
+        ("inference_models", ("--model", "vit_l"), "9 of 10 layers sparse"),
         ("training_step", (), "9 of 10 layers on sparse kernels"),
     ],
 )

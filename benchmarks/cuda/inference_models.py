@@ -20,19 +20,15 @@ from torch import Tensor, nn
 
 import sparsefx
 from benchmarks.cuda.common import Setting, start, verdict
+from benchmarks.cuda.vision_transformer import vit_large
 from sparsefx.acceleration import accelerate_with
 
 BARS = {"vit_l": 1.4, "bert_large": 1.4, "resnet50": None}
 
 
 def vit_l(batch: int, dry: bool) -> tuple[nn.Module, Tensor]:
-    """ViT-L/16 of timm, whose attention is made of Linear layers."""
-    import timm
-
-    if dry:
-        small = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
-        return small, torch.randn(1, 3, 32, 32)
-    return timm.create_model("vit_large_patch16_224"), torch.randn(batch, 3, 224, 224)
+    """ViT-L/16."""
+    return vit_large(dry=dry), torch.randn(1, 3, 32, 32) if dry else torch.randn(batch, 3, 224, 224)
 
 
 class Hidden(nn.Module):

@@ -1,6 +1,6 @@
 """Claim: a training step of ViT-L with transposable 2:4 masks on sparse kernels is at least 1.15 times as fast as the dense step.
 
-timm's ViT-L/16, AdamW (fused), 224 x 224, masks chosen anew every ``--rewire-every`` steps, as a user runs it: forward, backward,
+ViT-L/16, AdamW (fused), 224 x 224, masks chosen anew every ``--rewire-every`` steps, as a user runs it: forward, backward,
 optimizer step with the mask runtime attached; wall time with the GPU waited for, in turns. Beside it the same masks without the
 backend (zeros are multiplied). Published: 1.06 on an A100 (PyTorch's blog, 2024).
 
@@ -13,13 +13,13 @@ import argparse
 import copy
 from collections.abc import Callable
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import sparsefx
 from benchmarks.cuda.common import Setting, interleaved_steps, start, verdict
+from benchmarks.cuda.vision_transformer import vit_large
 from sparsefx.training_backend import install_backend
 
 BAR = 1.15
@@ -44,14 +44,10 @@ def compare(dtype: torch.dtype, setting: Setting) -> None:
     """Dense, masked, and masked on sparse kernels."""
     torch.manual_seed(setting.seed)
     side, batch = (32, 2) if setting.dry else (224, setting.options.batch)
-    if setting.dry:
-        dense = timm.create_model("vit_tiny_patch16_224", img_size=side, depth=2)
-    else:
-        dense = timm.create_model("vit_large_patch16_224")
-    dense = dense.to(setting.device).train()
+    dense = vit_large(dry=setting.dry).to(setting.device).train()
     data = torch.randn(batch, 3, side, side, device=setting.device)
     labels = torch.arange(batch, device=setting.device)
-    models = {"dense": dense}
+    models: dict[str, nn.Module] = {"dense": dense}
     for name in ("masked", "sparse kernels"):
         models[name] = sparsefx.sparsify(copy.deepcopy(dense), pattern="2:4-transposable")
     with torch.autocast(setting.device, dtype):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sparsefx
+from sparsefx import training_backend
 from sparsefx.errors import OptionError, StateError
 from sparsefx.ops.masked import masked_linear
 from sparsefx.ops.semi_structured_product import KERNELS, Cutlass, Operands, ProductKernel, Reference, kernels_of_device
@@ -252,6 +253,28 @@ def test_without_a_gpu_nothing_is_changed() -> None:
     with pytest.raises(StateError, match="torch sees no NVIDIA GPU here"):
         sparsefx.sparsify(model, pattern="2:4-transposable", backend="sparse_tensor_cores")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not sparsefx.masks(model)
+
+
+def test_sparsify_installs_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_backend, "why_no_kernels", lambda: "")
+    monkeypatch.setattr(training_backend, "kernels_of_device", lambda: (Reference(),))
+    model = network()
+    sparsefx.sparsify(model, pattern="2:4-transposable", backend="sparse_tensor_cores")
+    assert kernel_of(model[0]) == "reference"
+    assert "Sparse, and trained by" in str(sparsefx.audit(model))
+    assert all(not row.backend for row in sparsefx.audit(sparsefx.finalize(model)).layers)
+
+    def fail(*given: object, **named: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(training_backend, "choose_training_kernels", fail)
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sparsefx.sparsify(model, pattern="2:4-transposable", backend="sparse_tensor_cores")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert kernel_of(model[0]) == ""
     assert not sparsefx.masks(model)
 
 

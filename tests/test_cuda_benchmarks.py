@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.cuda.every import BENCHMARKS, TESTS
 from benchmarks.cuda.sparse_convolution_estimate import DEVICES, Layer, resnet50
 
 NEEDS = {"inference_models": ("transformers",)}
@@ -45,6 +47,13 @@ def test_a_dry_run_goes_through(
 def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="nothing was measured: torch sees no NVIDIA GPU here"):
         run("inference_gemm", monkeypatch)
+
+
+def test_every_benchmark_is_run_by_every() -> None:
+    folder = Path(__file__).parent.parent / "benchmarks" / "cuda"
+    programs = {path.stem for path in folder.glob("*.py") if "start(__doc__" in path.read_text()}
+    assert set(BENCHMARKS) == programs
+    assert all((folder.parent.parent / path).exists() for path in TESTS)
 
 
 def test_the_estimate_is_a_roofline() -> None:

@@ -65,7 +65,7 @@ def lower_semi_structured(
     if not candidates:
         raise EligibilityError(_none_eligible(problems))
     if any(isinstance(module, nn.Conv2d) for module in candidates.values()):
-        model.to(memory_format=torch.channels_last)
+        _to_channels_last(model)
     expected, calls = observe_layer_calls(model, list(candidates), args, kwargs)
     measured: dict[Any, tuple[Trial, ...]] = {}
     rows: list[AcceleratedLayer] = []
@@ -89,6 +89,13 @@ def lower_semi_structured(
             setattr(model.get_submodule(owner), local_name, replacements[id(module)])
     difference = _difference(model, expected, args, kwargs) if replacements else 0.0
     return Acceleration(model=model, layers=tuple(rows), largest_difference=difference)
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    """Of weights with four axes alone: ``model.to(memory_format=...)`` raises where there are filters of other dimensions too."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 Trial = tuple[ProductKernel, int, float, float]

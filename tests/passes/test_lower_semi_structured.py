@@ -313,6 +313,14 @@ def test_transformers_conv1d() -> None:
     torch.testing.assert_close(dense(data), model(data))
 
 
+def test_filters_of_other_dimensions_may_stand_beside() -> None:
+    model = sparsefx.sparsify(nn.Sequential(nn.Conv3d(16, 32, 1), nn.Flatten(3), nn.Conv2d(32, 32, 1)), exclude="0")
+    data = torch.randn(1, 16, 2, 3, 4)
+    report = run(model, data)
+    assert report.accelerated == ("2",)
+    torch.testing.assert_close(report.model(data), model(data))
+
+
 def test_a_layer_at_two_places_stays_one() -> None:
     layer = nn.Linear(32, 32)
     report = run(sparsefx.sparsify(nn.Sequential(layer, nn.ReLU(), layer)), torch.randn(3, 32))

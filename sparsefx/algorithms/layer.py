@@ -209,6 +209,5 @@ def no_momentum(optimizer: Optimizer, name: str) -> str:
     """What to say where `has_momentum` is False."""
     return (
         f"{type(optimizer).__name__} keeps no momentum for {name}, by which masks are to move; expected an optimizer with "
-        "momentum "
-        "(SGD with momentum=0.9, Adam, AdamW), or growth and redistribution by something else"
+        "momentum (SGD with momentum=0.9, Adam, AdamW), or growth and redistribution by something else"
     )

@@ -40,6 +40,8 @@ from sparsefx.sharded_records import reshard, share_out
 from sparsefx.shards import anywhere, by_group, is_distributed
 from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
 
+_AS_IT_IS = Split()
+
 
 class _OptimizerHooks:
     """The step hooks on one optimizer, and the steps it has made."""
@@ -86,9 +88,16 @@ class _OptimizerHooks:
         for record in records:
             record.merged = True
 
-    def _split(self, *, dormant_scale: float = 1.0, rewire: bool = False, densities: Sequence[float] | None = None) -> Tensor:
+    def _split(self, choice: Split = _AS_IT_IS, densities: Sequence[float] | None = None) -> Tensor:
         weights, records = self._tensors(merged=True)
-        flag = split(weights, records, dormant_scale=dormant_scale, rewire=rewire, densities=densities)
+        flag = split(
+            weights,
+            records,
+            dormant_scale=choice.dormant_scale,
+            rewire=choice.rewire,
+            densities=densities,
+            reached=choice.reached,
+        )
         for record in records:
             record.merged = False
         return flag
@@ -177,10 +186,10 @@ class _OptimizerHooks:
             return
         self.step += 1
         algorithm = self._runtime.algorithm
-        choice = Split() if self._replaces else algorithm.after_step(self.run)
+        choice = _AS_IT_IS if self._replaces else algorithm.after_step(self.run)
         scheduled = self._densities is not None and choice.rewire
         densities = self._densities if scheduled else choice.densities
-        flag = self._split(dormant_scale=choice.dormant_scale, rewire=choice.rewire, densities=densities)
+        flag = self._split(choice, densities)
         if scheduled and self._densities is not None:
             for entry, density in zip(self.followed, self._densities, strict=True):
                 entry.record.density = density

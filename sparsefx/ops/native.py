@@ -23,10 +23,10 @@ from sparsefx.patterns.n_of_m import NOfM
 from sparsefx.patterns.transposable import Transposable
 from sparsefx.sparse_parameter import SparseParameter
 
-_JOB = struct.Struct("3Q11qd14q")
+_JOB = struct.Struct("4Q11q2d14q")
 _GROUP = struct.Struct("3q2d")
 _FORMATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_KEEP_MASK, _N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD, _MERGE = range(5)
+_KEEP_MASK, _N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD, _MERGE, _PENALIZE = range(6)
 _MAX_AXES = 6
 _WEIGHTS_PER_THREAD = 1 << 16  # with fewer, starting a thread costs more than it saves
 
@@ -47,6 +47,7 @@ class Choice(NamedTuple):
 KEEP = Choice(_KEEP_MASK)
 LARGEST = Choice(_THRESHOLD)
 _MERGED = Choice(_MERGE)
+_PENALIZED = Choice(_PENALIZE)
 
 
 class Group(NamedTuple):
@@ -105,6 +106,15 @@ def supports(weight: Tensor, mask: Tensor, dormant: Tensor | None = None) -> boo
     return _dense(tuple(weight.shape), stride)
 
 
+@lru_cache(maxsize=1)
+def fuses_sums() -> bool:
+    """Whether ``a.add_(b, alpha=c)`` of torch rounds once on this machine, as the kernels do: not every CPU can."""
+    almost_one = 1 + 2.0**-12
+    # The square is 1 + 2^-11 + 2^-24, of which a product in float32 would lose the last.
+    found = torch.full((67,), -1.0).add_(torch.full((67,), almost_one), alpha=almost_one)
+    return bool((found == 2.0**-11 + 2.0**-24).all())
+
+
 @lru_cache(maxsize=4096)
 def choice_of(pattern: Pattern, reduction_axis: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Choice | None:
     """How the kernels choose masks of this pattern on dense memory of this layout; None where they cannot."""
@@ -156,9 +166,25 @@ class Batch:
         """Make zero of what the mask leaves out."""
         self._add(tensor, mask, None, KEEP, write=True, scale=1.0)
 
-    def split(self, weight: Tensor, record: SparseParameter, choice: Choice, *, write: bool = True, scale: float = 1.0) -> None:
-        """Choose the mask by `choice_of`, or leave it with ``KEEP``, and, with ``write``, split the weight."""
-        self._add(weight, record.mask, record.dormant, choice, write=write, scale=scale)
+    def split(
+        self,
+        weight: Tensor,
+        record: SparseParameter,
+        choice: Choice,
+        *,
+        write: bool = True,
+        scale: float = 1.0,
+        reached: Tensor | None = None,
+    ) -> None:
+        """Choose the mask by `choice_of`, or leave it with ``KEEP``, and, with ``write``, split the weight.
+
+        With ``reached``, which wants dormant values, ``KEEP`` and scale 1, the others first go back to their dormant value.
+        """
+        self._add(weight, record.mask, record.dormant, choice, write=write, scale=scale, reached=reached)
+
+    def penalize(self, gradient: Tensor, weight: Tensor, mask: Tensor, reached: Tensor, scale: float, more: float) -> None:
+        """``(gradient + scale * weight) + more * dormant`` where reached, else zero; float32, where `fuses_sums`."""
+        self._add(gradient, mask, weight, _PENALIZED, write=True, scale=scale, reached=reached, more=more)
 
     def split_group(self, group: Group, *, write: bool = True, scale: float = 1.0) -> None:
         """Choose the largest weights of a group, all of one dtype, and, with ``write``, split them."""
@@ -177,6 +203,8 @@ class Batch:
         write: bool,
         scale: float,
         group: int = -1,
+        reached: Tensor | None = None,
+        more: float = 0.0,
     ) -> None:
         axes, lengths = 0, (0,) * (2 * _MAX_AXES)
         if choice.kind == _THRESHOLD and not weight.is_contiguous():
@@ -188,11 +216,13 @@ class Batch:
                 weight.data_ptr(),
                 mask.data_ptr(),
                 0 if dormant is None else dormant.data_ptr(),
+                0 if reached is None else reached.data_ptr(),
                 count,
                 _FORMATS[weight.dtype],
                 *choice,
                 write,
                 scale,
+                more,
                 group,
                 axes,
                 *lengths,
@@ -201,9 +231,9 @@ class Batch:
         self._total += count
         if write:
             self._changed.append(weight)
-        if choice.kind not in (_MERGE, _KEEP_MASK):
+        if choice.kind not in (_MERGE, _KEEP_MASK, _PENALIZE):
             self._changed.append(mask)
-        if choice.kind != _MERGE and dormant is not None and write:
+        if choice.kind not in (_MERGE, _PENALIZE) and dormant is not None and write:
             self._changed.append(dormant)
 
     def run(self, threads: int | None = None) -> bool:

@@ -65,12 +65,14 @@ class Layer:
 
     def _beside(self, tensor: Tensor, what: str) -> Tensor:
         """The part of a tensor that stands beside this process's part of the parameter."""
+        if not is_distributed(tensor):
+            return tensor
         placed = getattr(tensor, "placements", None)
         if self.record.shards is not None and placed is not None and tuple(placed) != self.record.shards.placements:
             raise OptimizerError(
                 f"{self.name} is sharded as {self.record.shards.placements}, but {what} as {tuple(placed)}; masks need both alike"
             )
-        return values_of(tensor) if is_distributed(tensor) else tensor
+        return values_of(tensor)
 
     @property
     def group(self) -> dict[str, Any]:

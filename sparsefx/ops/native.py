@@ -28,7 +28,9 @@ _GROUP = struct.Struct("3q2d")
 _FORMATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _KEEP_MASK, _N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD, _MERGE, _PENALIZE = range(6)
 _MAX_AXES = 6
-_WEIGHTS_PER_THREAD = 1 << 16  # with fewer, starting a thread costs more than it saves
+_SEARCHES = (_N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD)
+# Searched for masks; passing over weights takes an eighth. With fewer, starting a thread costs more than it saves.
+_WEIGHTS_PER_THREAD = 1 << 16
 
 
 class Choice(NamedTuple):
@@ -92,18 +94,18 @@ def describe() -> str:
 
 def supports(weight: Tensor, mask: Tensor, dormant: Tensor | None = None) -> bool:
     """Whether the compiled kernels can work on this weight, its mask and its dormant values."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or weight.dtype not in _FORMATS:
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_cpu or weight.dtype not in _FORMATS:
         return False
     if weight.layout is not torch.strided or weight.is_neg():
         return False
-    stride = weight.stride()
-    if mask.device.type != "cpu" or mask.dtype is not torch.bool or mask.stride() != stride or mask.shape != weight.shape:
+    stride, shape = weight.stride(), weight.shape
+    if not mask.is_cpu or mask.dtype is not torch.bool or mask.stride() != stride or mask.shape != shape:
         return False
     if dormant is not None and (
-        dormant.device.type != "cpu" or dormant.dtype is not weight.dtype or dormant.stride() != stride or dormant.is_neg()
+        not dormant.is_cpu or dormant.dtype is not weight.dtype or dormant.stride() != stride or dormant.is_neg()
     ):
         return False
-    return _dense(tuple(weight.shape), stride)
+    return _dense(shape, stride)
 
 
 @lru_cache(maxsize=1)
@@ -156,7 +158,7 @@ class Batch:
         self._jobs: list[bytes] = []
         self._groups: list[tuple[Group, int]] = []
         self._changed: list[Tensor] = []
-        self._total = 0
+        self._work = 0
 
     def merge(self, weight: Tensor, record: SparseParameter) -> None:
         """Put ``record.dormant`` back."""
@@ -228,7 +230,7 @@ class Batch:
                 *lengths,
             )
         )
-        self._total += count
+        self._work += count if choice.kind in _SEARCHES else count // 8
         if write:
             self._changed.append(weight)
         if choice.kind not in (_MERGE, _KEEP_MASK, _PENALIZE):
@@ -249,7 +251,7 @@ class Batch:
         jobs = ctypes.create_string_buffer(b"".join(self._jobs), len(self._jobs) * _JOB.size)
         groups = ctypes.create_string_buffer(b"".join(map(_pack_group, self._groups)), max(1, len(self._groups) * _GROUP.size))
         wanted = torch.get_num_threads() if threads is None else threads
-        used = max(1, min(wanted, self._total // _WEIGHTS_PER_THREAD)) if threads is None else wanted
+        used = max(1, min(wanted, self._work // _WEIGHTS_PER_THREAD)) if threads is None else wanted
         result = library.sparsefx_run(jobs, len(self._jobs), groups, len(self._groups), used)
         if result < 0:
             raise MemoryError("no memory for the tables of the mask kernels")

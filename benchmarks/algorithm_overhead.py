@@ -1,11 +1,14 @@
 """Claim: an optimizer step of any method costs at most 1.05 of the dense step, and 1.03 where masks change every 100 steps.
 
-Every method, unstructured at density 0.1 (N:M where that is what it is for), against the dense step of the same model in one run,
-interleaved step by step. Masks change every fourth step here, so that both kinds of step are seen; the cost told is that of the
-method's own
-rhythm, one change in 100 steps where it is now and then: (99 * median of plain steps + median of steps with a change) / 100. The
-peers are
-rigl-torch and sparsimony's RigL, where they are installed (``pip install --no-deps rigl-torch sparsimony``), the same way.
+Every method, unstructured at density 0.1 (N:M where that is what it is for), against the dense step of the same model in one
+run, interleaved step by step. Masks change every fourth step here, so that both kinds of step are seen; the cost told is that
+of the method's own rhythm, one change in 100 steps where it is now and then: (99 * median of plain steps + median of steps
+with a change) / 100.
+
+The peers, timed the same way where they are there and run: rigl-torch and sparsimony's RigL (``pip install --no-deps
+rigl-torch sparsimony``), and the code of the sparse momentum article's author, module ``sparselearning`` of
+https://github.com/TimDettmers/sparse_learning: put a checkout of it on PYTHONPATH. That code moves its masks to a GPU whatever
+the model is on; on the CPU that one call is made to do nothing here, and everything else runs as it is.
 
     python benchmarks/algorithm_overhead.py [--model transformer|resnet50|mlp] [--steps 16] [--only rigl,set]
 """
@@ -13,12 +16,15 @@ rigl-torch and sparsimony's RigL, where they are installed (``pip install --no-d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -138,13 +144,27 @@ def sparsimony_rigl(dense: nn.Module, steps: int) -> Contestant:
     return contestant
 
 
+def sparse_learning(dense: nn.Module, steps: int) -> Contestant:
+    from sparselearning.core import CosineDecay, Masking
+
+    contestant = Contestant("peer: sparse_learning", copy.deepcopy(dense))
+    masking = Masking(contestant.optimizer, CosineDecay(0.5, 100 * steps), prune_rate=0.5, prune_every_k_steps=EVERY)
+    on_gpu = next(dense.parameters()).is_cuda
+    stays = contextlib.nullcontext() if on_gpu else mock.patch.object(Tensor, "cuda", lambda self: self)
+    with stays, contextlib.redirect_stdout(io.StringIO()):  # it tells each parameter that it masks
+        masking.add_module(contestant.model, density=0.1, remove_param_names=["norm"])
+    contestant.every = EVERY
+    contestant.make_step = masking.step
+    return contestant
+
+
 def compare(name: str, steps: int, device: str, only: set[str]) -> None:
     torch.manual_seed(0)
     dense, batch, loss_of = MODELS[name](device)
     dense = dense.to(device)
     found = [Contestant("dense", dense)]
     found += [sparse(dense, one, batch, loss_of, steps) for one in ALGORITHMS if not only or one.name in only]
-    for peer in (rigl_torch, sparsimony_rigl):
+    for peer in (rigl_torch, sparsimony_rigl, sparse_learning):
         try:
             contestant = peer(dense, steps)
             contestant.step(batch, loss_of)

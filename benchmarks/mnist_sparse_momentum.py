@@ -1,13 +1,12 @@
-"""Claim: sparse momentum on MNIST reaches the published test errors, or better: mean of the seeds <= published mean + 3 standard
-errors.
+"""Claim: sparse momentum on MNIST reaches the published test errors, or better: mean of the seeds <= published mean + 3
+standard errors.
 
 LeNet 300-100 and LeNet-5 (Caffe), trained as the article's reference code does: SGD with Nesterov momentum 0.9, learning rate
-0.1 divided by 10
-every 25 000 steps, weight decay 5e-4, batches of 100, 100 epochs, masks moved at the end of each epoch but the last, drop
-fraction 0.5 to
-0.005 along a cosine, every Linear and Conv weight sparse at one density. As there, 54 000 of the 60 000 training images are
-trained on; the error is that of the last epoch on all 10 000 test images. What is not published is told where it was chosen:
-DSR, SET, RigL and the paper's recipe (``magnitude``) take their defaults here, RigL every 100 steps.
+0.1 divided by 10 every 25 000 steps, weight decay 5e-4, batches of 100, 100 epochs, masks moved at the end of each epoch but
+the last, drop fraction 0.5 to 0.005 along a cosine, every Linear and Conv weight sparse at one density. As there, 54 000 of
+the 60 000 training images are trained on; the error is that of the last epoch on all 10 000 test images. What is not published
+is told where it was chosen: DSR, SET, RigL and the paper's recipe (``magnitude``) take their defaults here, RigL every 100
+steps.
 
 The whole data set stands in memory as one tensor and is shuffled by index. Results go to a JSON file, one entry a run, written
 as it ends; a second call runs only what is missing. ``--workers 2`` trains two runs side by side, each on one thread.

@@ -1,9 +1,8 @@
 """Claim: no method ever gains or loses a weight: over 10 000 changes of masks the number that participates drifts by 0.
 
 Every method that moves masks, on a small network with layers of very different sizes, one change of masks a step (as often as
-the method
-can), each count compared with the count at the start. Methods whose density is a schedule (gradual) are held to the schedule's
-end.
+the method can), each count compared with the count at the start. Methods whose density is a schedule (gradual) are held to the
+schedule's end.
 
     python benchmarks/weight_count.py [--updates 10000] [--only sparse-momentum]
 """

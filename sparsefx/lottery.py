@@ -42,9 +42,8 @@ def lottery_ticket(
     Args:
         model: dense; changed in place.
         train: ``state = train(model, first, last, state)`` makes the optimizer steps ``first + 1`` to ``last`` and returns
-            whatever it
-            wants to find again when it goes on from ``last``: the state_dicts of optimizer and learning rate schedule, say.
-            ``state`` is None at step 0. It trains dense and sparse models alike: masks are kept without its help.
+            whatever it wants to find again when it goes on from ``last``: the state_dicts of optimizer and learning rate
+            schedule, say. ``state`` is None at step 0. It trains dense and sparse models alike: masks are kept without its help.
         total_steps: k, optimizer steps of a whole training run.
         rewind_to: e, the step that weights go back to; None stands for k / 20. 0 is the ticket as first published.
         rounds: of training to the end, pruning and rewinding; with n of them each keeps the n-th root of the density.

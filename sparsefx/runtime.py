@@ -40,6 +40,8 @@ from sparsefx.sharded_records import reshard, share_out
 from sparsefx.shards import anywhere, by_group, is_distributed
 from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
 
+_AS_IT_IS = Split()
+
 
 class _OptimizerHooks:
     """The step hooks on one optimizer, and the steps it has made."""
@@ -67,28 +69,34 @@ class _OptimizerHooks:
             if entry.alive():
                 entry.record.settle(entry.weight())
 
-    def _tensors(self, merged: bool) -> tuple[list[Tensor], list[SparseParameter]]:
-        """The weights that are merged or not, and their records."""
-        weights: list[Tensor] = []
-        records: list[SparseParameter] = []
-        for entry in self.followed:
-            weight = entry.weight()
-            if entry.record.merged is merged:
-                entry.record.follow(weight)
-                weights.append(weight)
-                records.append(entry.record)
-        return weights, records
-
     def _merge(self) -> None:
+        """Put dormant values back into the weights of the layers that were looked at last."""
         # Those that a step which raised has left merged stay so: merging twice would lose them.
-        weights, records = self._tensors(merged=False)
+        layers = [layer for layer in self.run.layers if not layer.record.merged]
+        weights, records = [layer.weight for layer in layers], [layer.record for layer in layers]
+        for weight, record in zip(weights, records, strict=True):
+            record.follow(weight)
         merge(weights, records)
         for record in records:
             record.merged = True
 
-    def _split(self, *, dormant_scale: float = 1.0, rewire: bool = False, densities: Sequence[float] | None = None) -> Tensor:
-        weights, records = self._tensors(merged=True)
-        flag = split(weights, records, dormant_scale=dormant_scale, rewire=rewire, densities=densities)
+    def _split(self, choice: Split = _AS_IT_IS, densities: Sequence[float] | None = None) -> Tensor:
+        weights: list[Tensor] = []
+        records: list[SparseParameter] = []
+        for entry in self.followed:
+            weight = entry.weight()  # anew: an optimizer may have put other memory in its place
+            if entry.record.merged:
+                entry.record.follow(weight)
+                weights.append(weight)
+                records.append(entry.record)
+        flag = split(
+            weights,
+            records,
+            dormant_scale=choice.dormant_scale,
+            rewire=choice.rewire,
+            densities=densities,
+            reached=choice.reached,
+        )
         for record in records:
             record.merged = False
         return flag
@@ -105,14 +113,14 @@ class _OptimizerHooks:
             return
         if not algorithm.edits_gradients:
             return
-        new: list[tuple[Followed, Layer]] = []
+        new: list[tuple[Followed, Layer, Tensor]] = []
         for entry, layer in zip(self.followed, self.run.layers, strict=True):
-            if layer.has_gradient and entry.scaled != _mark(layer.gradient):
-                new.append((entry, layer))
+            if layer.has_gradient and entry.scaled != _mark(gradient := layer.gradient):
+                new.append((entry, layer, gradient))
         if new:
-            algorithm.edit_gradients(self.run, [layer for _, layer in new])
-        for entry, layer in new:
-            entry.scaled = _mark(layer.gradient)
+            algorithm.edit_gradients(self.run, [layer for _, layer, _ in new])
+        for entry, _, gradient in new:
+            entry.scaled = _mark(gradient)
 
     def _give_back_gradients(self) -> None:
         for parameter, gradient in self._hidden:
@@ -158,6 +166,7 @@ class _OptimizerHooks:
             with torch.enable_grad():
                 loss = closure()
             with torch.no_grad():
+                self.look_at_layers()
                 self._merge()
                 self._prepare_gradients()
             return loss
@@ -177,10 +186,10 @@ class _OptimizerHooks:
             return
         self.step += 1
         algorithm = self._runtime.algorithm
-        choice = Split() if self._replaces else algorithm.after_step(self.run)
+        choice = _AS_IT_IS if self._replaces else algorithm.after_step(self.run)
         scheduled = self._densities is not None and choice.rewire
         densities = self._densities if scheduled else choice.densities
-        flag = self._split(dormant_scale=choice.dormant_scale, rewire=choice.rewire, densities=densities)
+        flag = self._split(choice, densities)
         if scheduled and self._densities is not None:
             for entry, density in zip(self.followed, self._densities, strict=True):
                 entry.record.density = density

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsefx.errors import StateError
 
@@ -87,13 +87,16 @@ class Shards:
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether this is a DTensor."""
-    return hasattr(tensor, "device_mesh")
+    # Asking a tensor for what it does not have takes long, and this is asked several times a layer and step.
+    return type(tensor) is not Tensor and type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")
 
 
 def values_of(tensor: Tensor) -> Tensor:
     """The values that this process holds of a parameter or a tensor, detached: changing them changes it."""
+    if not is_distributed(tensor):
+        return tensor.detach()
     with torch.no_grad():
-        found: Tensor = tensor.to_local() if is_distributed(tensor) else tensor.detach()  # type: ignore[attr-defined]
+        found: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return found
 
 

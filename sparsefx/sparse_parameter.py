@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # algorithms work on these records, so they are imported afte
     from sparsefx.algorithms.base import Algorithm
 
 _KEY = "_sparsefx_parameters"
+_USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(eq=False)
@@ -99,10 +100,11 @@ class SparseParameter:
 def _alongside(tensor: Tensor, weight: Tensor) -> bool:
     if tensor.device != weight.device:
         return False
-    if tensor.stride() == weight.stride():
+    stride = tensor.stride()
+    if stride == weight.stride():
         return True
     # A weight that is a view with gaps: what stands beside it has the strides of a dense copy.
-    return tensor.stride() == torch.empty_like(weight, device="meta").stride()
+    return stride == torch.empty_like(weight, device="meta").stride()
 
 
 def _moved(mask: Tensor, empty: Tensor) -> Tensor:
@@ -145,6 +147,8 @@ def sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Spa
 
 def expect_masked(name: str, parameter: nn.Parameter, record: SparseParameter) -> None:
     """Raise StateError where a mask can no longer be laid on its parameter, which the user replaced or converted."""
+    if parameter.dtype in _USUAL and record.shards is None and parameter.shape == record.mask.shape:
+        return
     shape = record.mask.shape if record.shards is None else record.shards.shape
     if parameter.shape != shape:
         raise StateError(

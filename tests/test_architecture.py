@@ -53,6 +53,7 @@ SPLIT_OFF = {
     "pruning_": "pruning",
     "weights_file": "api",
     "sparse_file_": "sparse_file",
+    "narrow_": "narrow",
     "onnx_": "onnx_audit",
 }
 

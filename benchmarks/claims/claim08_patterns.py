@@ -39,8 +39,7 @@ CLAIM = Claim(
     says="2:4 1D and 2:4 2D match dense (paper, table 2); block sparsity fails to keep accuracy, and is no better than "
     "SMALL (table 3).",
     rule="2:4 and 2:4-transposable are above the dense error by less than the margin. Blocks of 4x4 and 8x8 at d = 0.5 "
-    "have an error "
-    "above the dense one, and one that is below SMALL's by less than the margin.",
+    "have an error above the dense one, and one that is below SMALL's by less than the margin.",
     tasks=tasks,
     judge=judge,
     module="claim08_patterns",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import lzma
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,11 +48,18 @@ def build(net: str) -> nn.Module:
         return small_net()
     if net == "lenet300":
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    if net == "resnet8":  # small enough for one core: it halves the image at once, and its layout is the faster one there
+        return _residual(((16, 1), (32, 2), (64, 2)), stride=2).to(memory_format=torch.channels_last)
+    return _residual(((16, 1), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1)), stride=1)
+
+
+def _residual(widths: Sequence[tuple[int, int]], stride: int) -> nn.Module:
+    """Blocks of these widths and strides behind a first convolution of 16 channels and the stride given."""
     blocks, inputs = [], 16
-    for width, stride in ((16, 1), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1)):
-        blocks.append(Block(inputs, width, stride))
+    for width, step in widths:
+        blocks.append(Block(inputs, width, step))
         inputs = width
-    start = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    start = [nn.Conv2d(3, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     return nn.Sequential(*start, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
@@ -103,6 +112,7 @@ def _mnist(folder: Path) -> Data:
     return Data(train_x[:54_000], train_y[:54_000], images("t10k-images-idx3-ubyte"), read("t10k-labels-idx1-ubyte").long())
 
 
+@lru_cache(maxsize=1)  # unpacking takes longer than an epoch of a small net, and a worker makes many runs
 def _cifar10(folder: Path) -> Data:
     """The 45 000 first training images, and as the test the 5 000 others, which no net here is trained on."""
     if (folder / "cifar-10-batches-py").is_dir():

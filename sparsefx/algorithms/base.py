@@ -26,11 +26,13 @@ class Split(NamedTuple):
         rewire: whether each mask becomes the best one for ``|weight|``.
         dormant_scale: factor on the weights outside the mask that was used, before that.
         densities: one a layer, in place of its own.
+        reached: one a layer: the weights that the step may change; the others first go back to their dormant value. None: all.
     """
 
     rewire: bool = False
     dormant_scale: float = 1.0
     densities: Sequence[float] | None = None
+    reached: Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)

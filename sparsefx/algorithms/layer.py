@@ -65,12 +65,14 @@ class Layer:
 
     def _beside(self, tensor: Tensor, what: str) -> Tensor:
         """The part of a tensor that stands beside this process's part of the parameter."""
+        if not is_distributed(tensor):
+            return tensor
         placed = getattr(tensor, "placements", None)
         if self.record.shards is not None and placed is not None and tuple(placed) != self.record.shards.placements:
             raise OptimizerError(
                 f"{self.name} is sharded as {self.record.shards.placements}, but {what} as {tuple(placed)}; masks need both alike"
             )
-        return values_of(tensor) if is_distributed(tensor) else tensor
+        return values_of(tensor)
 
     @property
     def group(self) -> dict[str, Any]:
@@ -209,6 +211,5 @@ def no_momentum(optimizer: Optimizer, name: str) -> str:
     """What to say where `has_momentum` is False."""
     return (
         f"{type(optimizer).__name__} keeps no momentum for {name}, by which masks are to move; expected an optimizer with "
-        "momentum "
-        "(SGD with momentum=0.9, Adam, AdamW), or growth and redistribution by something else"
+        "momentum (SGD with momentum=0.9, Adam, AdamW), or growth and redistribution by something else"
     )

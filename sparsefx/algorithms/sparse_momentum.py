@@ -18,8 +18,7 @@ Redistribution = Literal["momentum", "magnitude", "nonzero", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class SparseMomentum(DropAndGrow):
-    """Once an epoch, drop the smallest |w| of each layer, give layers with more momentum more of them, grow where momentum is
-    large.
+    """Once an epoch, drop the smallest |w| of each layer, give layers with more momentum more of them, and grow by momentum.
 
     Momentum stays dense: weights have one while they do not participate, and keep it.
 
@@ -47,8 +46,7 @@ class SparseMomentum(DropAndGrow):
         if self.growth == "global" and self.redistribution not in (None, "none"):
             raise OptionError(
                 f"redistribution={self.redistribution!r} was given with growth='global', which ranks all layers together "
-                "and leaves "
-                "no shares to divide; leave redistribution out"
+                "and leaves no shares to divide; leave redistribution out"
             )
         super().__post_init__()
 

@@ -12,9 +12,8 @@ from sparsefx.algorithms.layer import Layer, Run
 from sparsefx.algorithms.options import expect_not_negative, expect_share, expect_steps
 from sparsefx.errors import OptionError
 from sparsefx.ops.select import largest_among
-from sparsefx.ops.split import keep_masked, merge
+from sparsefx.ops.split import keep_masked, penalize
 from sparsefx.shards import counts_of
-from sparsefx.sparse_parameter import SparseParameter
 
 _BACKWARD = "backward"
 
@@ -68,17 +67,21 @@ class TopKAST(Algorithm):
         layer.state[_BACKWARD] = self._updated(layer)
 
     def edit_gradients(self, run: Run, layers: Sequence[Layer]) -> None:
-        for layer in layers:
-            # Dormant values are zero where weights participate: they get what their penalty is larger by.
-            more = self.penalty / max(layer.record.density, 1e-12) - self.penalty
-            for values, factor in ((layer.weight, self.penalty), (_dormant(layer), more)):
-                layer.gradient.add_(values if run.loss_scale is None else values * run.loss_scale, alpha=factor)
-        keep_masked([layer.gradient for layer in layers], [layer.state[_BACKWARD] for layer in layers])
+        # Dormant values are zero where weights participate: they get what their penalty is larger by.
+        more = [self.penalty / max(layer.record.density, 1e-12) - self.penalty for layer in layers]
+        gradients, reached = [layer.gradient for layer in layers], [layer.state[_BACKWARD] for layer in layers]
+        if run.loss_scale is None:
+            weights, records = [layer.weight for layer in layers], [layer.record for layer in layers]
+            penalize(gradients, weights, records, reached, scale=self.penalty, more=more)
+            return
+        for layer, gradient, factor in zip(layers, gradients, more, strict=True):
+            gradient.add_(layer.weight * run.loss_scale, alpha=self.penalty)
+            gradient.add_(_dormant(layer) * run.loss_scale, alpha=factor)
+        keep_masked(gradients, reached)
 
     def after_step(self, run: Run) -> Split:
         # Momentum and weight decay reach the others too, whatever their gradient was: they go back to their value.
-        merge([layer.weight for layer in run.layers], [_as_updated(layer) for layer in run.layers])
-        return Split(rewire=self._rewires(run))
+        return Split(rewire=self._rewires(run), reached=[layer.state[_BACKWARD] for layer in run.layers])
 
     def move(self, run: Run) -> None:
         if self._rewires(run):
@@ -104,12 +107,6 @@ def _dormant(layer: Layer) -> Tensor:
     dormant = layer.record.dormant
     assert dormant is not None
     return dormant
-
-
-def _as_updated(layer: Layer) -> SparseParameter:
-    """A record that takes the weights which are updated for those that participate."""
-    record = layer.record
-    return SparseParameter(record.pattern, record.density, record.reduction_axis, layer.state[_BACKWARD], record.dormant)
 
 
 TOP_KAST = TopKAST()

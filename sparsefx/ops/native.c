@@ -17,13 +17,14 @@
 #endif
 
 enum { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
-enum { KEEP_MASK, N_OF_M, TWO_OF_FOUR_BLOCKS, THRESHOLD, MERGE };
+enum { KEEP_MASK, N_OF_M, TWO_OF_FOUR_BLOCKS, THRESHOLD, MERGE, PENALIZE };
 enum { MAX_AXES = 6, MAX_M = 16 };
 enum {
     TILE = 8192,       /* words that one thread takes at a time: they stay in its inner caches through all loops */
     NEAR_GROUP = 4096, /* longest N:M group, in words of memory, that is treated as near */
     FAR_LANES = 256,
     COUNTED = 4096,
+    LOOKED_AT = 1024, /* words that stay in the innermost cache for a second loop */
     BINS = 1 << 16,
     PARALLEL_SELECTION = 1 << 20, /* smaller groups are one thread's work */
 };
@@ -49,12 +50,14 @@ enum {
 typedef struct {
     void *weight;
     uint8_t *mask;
-    void *dormant; /* or NULL */
+    void *dormant;    /* or NULL; PENALIZE: all weights, read only, beside gradients in `weight` */
+    uint8_t *reached; /* PENALIZE, and KEEP_MASK: which weights a step may change; NULL for all */
     int64_t count, format, kind;
     int64_t n, m, inner;                                   /* N_OF_M and blocks: words from one member to the next */
     int64_t slow_size, slow_stride, fast_size, transposed; /* blocks: the two axes by stride; transposed where axis 1 is slow */
     int64_t write;                                         /* 0: choose masks, leave weights alone */
-    double scale;                                          /* of dormant values, 1 or 0 for 16-bit formats */
+    double scale;                                          /* of dormant values, 1 or 0 for 16-bit formats; PENALIZE: of all weights */
+    double more;                                           /* PENALIZE: of dormant ones, on top */
     int64_t group;                                         /* THRESHOLD: which group */
     int64_t axes, sizes[MAX_AXES], strides[MAX_AXES];      /* axes: 0 where memory is in row-major order */
 } job_t;
@@ -164,6 +167,17 @@ CLONES static void decay_double(double *restrict weight, const uint8_t *restrict
     }
 }
 
+/* (gradient + scale * weight) + more * dormant, each product fused with its sum, where reached; zero elsewhere. */
+CLONES static void penalize(float *restrict gradient, const float *restrict weight, const uint8_t *restrict mask,
+                            const uint8_t *restrict reached, int64_t count, float scale, float more)
+{
+    for (int64_t i = 0; i < count; i++) {
+        float value = weight[i], dormant = mask[i] ? 0.0f : value;
+        float sum = fmaf(more, dormant, fmaf(scale, value, gradient[i]));
+        gradient[i] = reached[i] ? sum : 0.0f;
+    }
+}
+
 static void scale_dormant(work_t *work, const job_t *job, int64_t start, int64_t count)
 {
     if (job->scale == 1)
@@ -190,7 +204,11 @@ static void separate(work_t *work, const job_t *job, int64_t start, int64_t coun
     uint64_t worst;
     if (!job->write)
         return;
-    BY_SIZE(job->format, worst =, separate, word, (word *)weight, job->mask + start, (word *)dormant, count)
+    if (job->reached)
+        BY_SIZE(job->format, worst =, separate_reached, word, (word *)weight, job->mask + start, job->reached + start, (word *)dormant,
+                count)
+    else
+        BY_SIZE(job->format, worst =, separate, word, (word *)weight, job->mask + start, (word *)dormant, count)
     look(work, job, worst);
 }
 
@@ -538,8 +556,13 @@ static void run_item(worker_t *worker, const item_t *item)
     int64_t count = item->stop - item->start;
     switch (job->kind) {
     case KEEP_MASK:
-        scale_dormant(work, job, item->start, count);
+        if (job->dormant) /* else what lies outside the mask is lost in any case */
+            scale_dormant(work, job, item->start, count);
         separate(work, job, item->start, count);
+        break;
+    case PENALIZE:
+        penalize((float *)job->weight + item->start, (const float *)job->dormant + item->start, job->mask + item->start,
+                 job->reached + item->start, count, (float)job->scale, (float)job->more);
         break;
     case N_OF_M:
         n_of_m(worker, job, item->start, item->stop);

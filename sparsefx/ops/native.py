@@ -23,12 +23,14 @@ from sparsefx.patterns.n_of_m import NOfM
 from sparsefx.patterns.transposable import Transposable
 from sparsefx.sparse_parameter import SparseParameter
 
-_JOB = struct.Struct("3Q11qd14q")
+_JOB = struct.Struct("4Q11q2d14q")
 _GROUP = struct.Struct("3q2d")
 _FORMATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_KEEP_MASK, _N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD, _MERGE = range(5)
+_KEEP_MASK, _N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD, _MERGE, _PENALIZE = range(6)
 _MAX_AXES = 6
-_WEIGHTS_PER_THREAD = 1 << 16  # with fewer, starting a thread costs more than it saves
+_SEARCHES = (_N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD)
+# Searched for masks; passing over weights takes an eighth. With fewer, starting a thread costs more than it saves.
+_WEIGHTS_PER_THREAD = 1 << 16
 
 
 class Choice(NamedTuple):
@@ -47,6 +49,7 @@ class Choice(NamedTuple):
 KEEP = Choice(_KEEP_MASK)
 LARGEST = Choice(_THRESHOLD)
 _MERGED = Choice(_MERGE)
+_PENALIZED = Choice(_PENALIZE)
 
 
 class Group(NamedTuple):
@@ -91,18 +94,27 @@ def describe() -> str:
 
 def supports(weight: Tensor, mask: Tensor, dormant: Tensor | None = None) -> bool:
     """Whether the compiled kernels can work on this weight, its mask and its dormant values."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or weight.dtype not in _FORMATS:
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_cpu or weight.dtype not in _FORMATS:
         return False
     if weight.layout is not torch.strided or weight.is_neg():
         return False
-    stride = weight.stride()
-    if mask.device.type != "cpu" or mask.dtype is not torch.bool or mask.stride() != stride or mask.shape != weight.shape:
+    stride, shape = weight.stride(), weight.shape
+    if not mask.is_cpu or mask.dtype is not torch.bool or mask.stride() != stride or mask.shape != shape:
         return False
     if dormant is not None and (
-        dormant.device.type != "cpu" or dormant.dtype is not weight.dtype or dormant.stride() != stride or dormant.is_neg()
+        not dormant.is_cpu or dormant.dtype is not weight.dtype or dormant.stride() != stride or dormant.is_neg()
     ):
         return False
-    return _dense(tuple(weight.shape), stride)
+    return _dense(shape, stride)
+
+
+@lru_cache(maxsize=1)
+def fuses_sums() -> bool:
+    """Whether ``a.add_(b, alpha=c)`` of torch rounds once on this machine, as the kernels do: not every CPU can."""
+    almost_one = 1 + 2.0**-12
+    # The square is 1 + 2^-11 + 2^-24, of which a product in float32 would lose the last.
+    found = torch.full((67,), -1.0).add_(torch.full((67,), almost_one), alpha=almost_one)
+    return bool((found == 2.0**-11 + 2.0**-24).all())
 
 
 @lru_cache(maxsize=4096)
@@ -146,7 +158,7 @@ class Batch:
         self._jobs: list[bytes] = []
         self._groups: list[tuple[Group, int]] = []
         self._changed: list[Tensor] = []
-        self._total = 0
+        self._work = 0
 
     def merge(self, weight: Tensor, record: SparseParameter) -> None:
         """Put ``record.dormant`` back."""
@@ -156,9 +168,25 @@ class Batch:
         """Make zero of what the mask leaves out."""
         self._add(tensor, mask, None, KEEP, write=True, scale=1.0)
 
-    def split(self, weight: Tensor, record: SparseParameter, choice: Choice, *, write: bool = True, scale: float = 1.0) -> None:
-        """Choose the mask by `choice_of`, or leave it with ``KEEP``, and, with ``write``, split the weight."""
-        self._add(weight, record.mask, record.dormant, choice, write=write, scale=scale)
+    def split(
+        self,
+        weight: Tensor,
+        record: SparseParameter,
+        choice: Choice,
+        *,
+        write: bool = True,
+        scale: float = 1.0,
+        reached: Tensor | None = None,
+    ) -> None:
+        """Choose the mask by `choice_of`, or leave it with ``KEEP``, and, with ``write``, split the weight.
+
+        With ``reached``, which wants dormant values, ``KEEP`` and scale 1, the others first go back to their dormant value.
+        """
+        self._add(weight, record.mask, record.dormant, choice, write=write, scale=scale, reached=reached)
+
+    def penalize(self, gradient: Tensor, weight: Tensor, mask: Tensor, reached: Tensor, scale: float, more: float) -> None:
+        """``(gradient + scale * weight) + more * dormant`` where reached, else zero; float32, where `fuses_sums`."""
+        self._add(gradient, mask, weight, _PENALIZED, write=True, scale=scale, reached=reached, more=more)
 
     def split_group(self, group: Group, *, write: bool = True, scale: float = 1.0) -> None:
         """Choose the largest weights of a group, all of one dtype, and, with ``write``, split them."""
@@ -177,6 +205,8 @@ class Batch:
         write: bool,
         scale: float,
         group: int = -1,
+        reached: Tensor | None = None,
+        more: float = 0.0,
     ) -> None:
         axes, lengths = 0, (0,) * (2 * _MAX_AXES)
         if choice.kind == _THRESHOLD and not weight.is_contiguous():
@@ -188,22 +218,24 @@ class Batch:
                 weight.data_ptr(),
                 mask.data_ptr(),
                 0 if dormant is None else dormant.data_ptr(),
+                0 if reached is None else reached.data_ptr(),
                 count,
                 _FORMATS[weight.dtype],
                 *choice,
                 write,
                 scale,
+                more,
                 group,
                 axes,
                 *lengths,
             )
         )
-        self._total += count
+        self._work += count if choice.kind in _SEARCHES else count // 8
         if write:
             self._changed.append(weight)
-        if choice.kind not in (_MERGE, _KEEP_MASK):
+        if choice.kind not in (_MERGE, _KEEP_MASK, _PENALIZE):
             self._changed.append(mask)
-        if choice.kind != _MERGE and dormant is not None and write:
+        if choice.kind not in (_MERGE, _PENALIZE) and dormant is not None and write:
             self._changed.append(dormant)
 
     def run(self, threads: int | None = None) -> bool:
@@ -219,7 +251,7 @@ class Batch:
         jobs = ctypes.create_string_buffer(b"".join(self._jobs), len(self._jobs) * _JOB.size)
         groups = ctypes.create_string_buffer(b"".join(map(_pack_group, self._groups)), max(1, len(self._groups) * _GROUP.size))
         wanted = torch.get_num_threads() if threads is None else threads
-        used = max(1, min(wanted, self._total // _WEIGHTS_PER_THREAD)) if threads is None else wanted
+        used = max(1, min(wanted, self._work // _WEIGHTS_PER_THREAD)) if threads is None else wanted
         result = library.sparsefx_run(jobs, len(self._jobs), groups, len(self._groups), used)
         if result < 0:
             raise MemoryError("no memory for the tables of the mask kernels")

@@ -176,11 +176,34 @@ CLONES static WORD NAME(separate)(WORD *restrict weight, const uint8_t *restrict
             dormant[i] = value & (WORD)~keep;
         }
     } else {
-        for (int64_t i = 0; i < count; i++) {
-            WORD value = weight[i], magnitude = value & MAGNITUDE;
-            worst = magnitude > worst ? magnitude : worst;
-            weight[i] = value & (WORD)-(WORD)mask[i];
+        /* Where nothing has moved outside the mask, as after most steps, memory is read and not written. */
+        for (int64_t start = 0; start < count; start += LOOKED_AT) {
+            int64_t stop = start + LOOKED_AT < count ? start + LOOKED_AT : count;
+            WORD outside = 0;
+            for (int64_t i = start; i < stop; i++) {
+                WORD value = weight[i], magnitude = value & MAGNITUDE;
+                worst = magnitude > worst ? magnitude : worst;
+                outside |= value & (WORD)((WORD)mask[i] - (WORD)1);
+            }
+            if (outside)
+                for (int64_t i = start; i < stop; i++)
+                    weight[i] &= (WORD)-(WORD)mask[i];
         }
+    }
+    return worst;
+}
+
+/* The same where a step may change only the weights that were `reached`; the others have their value in `dormant`. */
+CLONES static WORD NAME(separate_reached)(WORD *restrict weight, const uint8_t *restrict mask, const uint8_t *restrict reached,
+                                          WORD *restrict dormant, int64_t count)
+{
+    WORD worst = 0;
+    for (int64_t i = 0; i < count; i++) {
+        WORD changed = (WORD)-(WORD)reached[i], keep = (WORD)-(WORD)mask[i];
+        WORD value = (WORD)((weight[i] & changed) | (dormant[i] & (WORD)~changed)), magnitude = value & MAGNITUDE;
+        worst = magnitude > worst ? magnitude : worst;
+        weight[i] = value & keep;
+        dormant[i] = value & (WORD)~keep;
     }
     return worst;
 }

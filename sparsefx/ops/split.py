@@ -7,6 +7,7 @@ torch for everything else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,14 +55,16 @@ def split(
     dormant_scale: float = 1.0,
     rewire: bool = True,
     densities: Sequence[float] | None = None,
+    reached: Sequence[Tensor] | None = None,
     threads: int | None = None,
     compiled: bool = True,
 ) -> Tensor:
     """Choose masks and split weights into participating and dormant values, in place.
 
-    First the weights outside the mask that was used are multiplied by ``dormant_scale``. Then, with ``rewire``, each
-    record's mask becomes the best one for ``|weight|``. Then the weight keeps the participating values, the record's dormant
-    tensor (where it has one) gets the others, and both are +0.0 elsewhere.
+    With ``reached``, weights outside of it first go back to their dormant value. Then the weights outside the mask that was used
+    are multiplied by ``dormant_scale``. Then, with ``rewire``, each record's mask becomes the best one for ``|weight|``. Then the
+    weight keeps the participating values, the record's dormant tensor (where it has one) gets the others, and both are +0.0
+    elsewhere.
 
     Args:
         weights: detached parameters, holding all values w.
@@ -70,6 +73,7 @@ def split(
         dormant_scale: 1 keeps dormant values, 0 sets them to +0.0, ``1 - beta`` lets them decay.
         rewire: False keeps the masks.
         densities: one a record, in place of ``record.density``.
+        reached: one a weight, bool, of its shape: the weights that the step may change; dormant values are kept. None for all.
         threads: of the CPU, for compiled kernels; None means torch's own number.
         compiled: False leaves everything to plain torch.
 
@@ -85,8 +89,13 @@ def split(
     if not weights:
         return torch.zeros((), dtype=torch.bool)
     wanted = [record.density for record in records] if densities is None else list(densities)
+    if reached is not None and (rewire or dormant_scale != 1 or not compiled):
+        _restore(weights, records, reached, compiled=compiled)
+        reached = None
     batch = native.Batch()
-    left = _gather(batch, weights, records, wanted, dormant_scale, rewire) if compiled else list(range(len(weights)))
+    left = _gather(batch, weights, records, wanted, dormant_scale, rewire, reached) if compiled else list(range(len(weights)))
+    if reached is not None:
+        _restore([weights[i] for i in left], [records[i] for i in left], [reached[i] for i in left], compiled=False)
     flags = [torch.tensor(batch.run(threads))] if len(left) < len(weights) else []
     rest = [weights[i] for i in left], [records[i] for i in left], [wanted[i] for i in left]
     flags += [_non_finite(weight) for weight in rest[0]]
@@ -116,9 +125,45 @@ def rewire_masks(
     """
     wanted = [record.density for record in records] if densities is None else list(densities)
     batch = native.Batch()
-    left = _gather(batch, weights, records, wanted, 1.0, True, write=False) if compiled else list(range(len(weights)))
+    left = _gather(batch, weights, records, wanted, 1.0, True, None, write=False) if compiled else list(range(len(weights)))
     _choose([weights[i] for i in left], [records[i] for i in left], [wanted[i] for i in left])
     batch.run(threads)
+
+
+@torch.no_grad()
+def penalize(
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    records: Sequence[SparseParameter],
+    reached: Sequence[Tensor],
+    *,
+    scale: float,
+    more: Sequence[float],
+    compiled: bool = True,
+) -> None:
+    """Add an L2 penalty to gradients, a larger one on weights that do not participate, and keep those that are reached.
+
+    ``gradient <- where(reached, (gradient + scale * weight) + more * dormant, 0)``, in place.
+
+    Args:
+        gradients: dense.
+        weights: detached parameters, holding all values w, inside a step.
+        records: one a weight, with dormant values, which `merge` has put back.
+        reached: one a weight, bool, of its shape.
+        scale: on all weights.
+        more: one a weight: what is added to that on dormant ones.
+        compiled: False leaves everything to plain torch.
+    """
+    batch = native.Batch()
+    compiled = compiled and native.available() and native.fuses_sums()
+    for gradient, weight, record, chosen, extra in zip(gradients, weights, records, reached, more, strict=True):
+        alike = gradient.dtype == weight.dtype == torch.float32 and native.supports(gradient, chosen)
+        if compiled and alike and native.supports(weight, record.mask) and gradient.stride() == weight.stride():
+            batch.penalize(gradient, weight, record.mask, chosen, scale, extra)
+            continue
+        assert record.dormant is not None
+        gradient.add_(weight, alpha=scale).add_(record.dormant, alpha=extra).masked_fill_(~chosen, 0)
+    batch.run()
 
 
 @torch.no_grad()
@@ -141,6 +186,7 @@ def _gather(
     densities: Sequence[float],
     scale: float,
     rewire: bool,
+    reached: Sequence[Tensor] | None,
     *,
     write: bool = True,
 ) -> list[int]:
@@ -158,10 +204,11 @@ def _gather(
             together.setdefault(densities[position], []).append(position)
             continue
         choice = native.choice_of(pattern, record.reduction_axis, tuple(weight.shape), weight.stride()) if rewire else native.KEEP
-        if not native.supports(weight, record.mask, record.dormant):
+        mine = None if reached is None else reached[position]
+        if not native.supports(weight, record.mask, record.dormant) or not (mine is None or native.supports(weight, mine)):
             left.append(position)
         elif choice is not None:
-            batch.split(weight, record, choice, write=write, scale=_scale_first(weight, record, scale))
+            batch.split(weight, record, choice, write=write, scale=_scale_first(weight, record, scale), reached=mine)
         elif isinstance(pattern, Unstructured) and native.can_select(weight):
             group = native.Group((weight,), (record,), participating(densities[position], weight.numel()))
             batch.split_group(group, write=write, scale=_scale_first(weight, record, scale))
@@ -188,6 +235,12 @@ def _scale_first(weight: Tensor, record: SparseParameter, scale: float) -> float
         return scale
     _scale_dormant(weight, record.mask, scale)
     return 1.0
+
+
+def _restore(weights: Sequence[Tensor], records: Sequence[SparseParameter], reached: Sequence[Tensor], *, compiled: bool) -> None:
+    """Give weights that were not reached their dormant value back."""
+    taken = [replace(record, mask=chosen) for record, chosen in zip(records, reached, strict=True)]
+    merge(weights, taken, compiled=compiled)
 
 
 def _non_finite(weight: Tensor) -> Tensor:

@@ -32,8 +32,6 @@ class Followed:
     module: nn.Module
     local_name: str
     record: SparseParameter
-    scaled: tuple[int, int] | None = None
-    """Identity and version of the gradient that was scaled last: a step that is tried again must not scale it twice."""
 
     def alive(self) -> bool:
         """Whether the record still stands beside the parameter."""

@@ -41,6 +41,8 @@ from sparsefx.shards import anywhere, by_group, is_distributed
 from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
 
 _AS_IT_IS = Split()
+# On a gradient that was edited: its version after that.
+_EDITED = "_sparsefx_edited"
 
 
 class _OptimizerHooks:
@@ -113,14 +115,17 @@ class _OptimizerHooks:
             return
         if not algorithm.edits_gradients:
             return
-        new: list[tuple[Followed, Layer, Tensor]] = []
-        for entry, layer in zip(self.followed, self.run.layers, strict=True):
-            if layer.has_gradient and entry.scaled != _mark(gradient := layer.gradient):
-                new.append((entry, layer, gradient))
+        # A step that is tried again must not edit a gradient twice. The mark stands on the gradient itself: another one may come
+        # to lie where it was.
+        new: list[tuple[Layer, Tensor]] = []
+        for layer in self.run.layers:
+            held = layer.parameter.grad
+            if held is not None and held.__dict__.get(_EDITED) != layer.gradient._version:
+                new.append((layer, held))
         if new:
-            algorithm.edit_gradients(self.run, [layer for _, layer, _ in new])
-        for entry, _, gradient in new:
-            entry.scaled = _mark(gradient)
+            algorithm.edit_gradients(self.run, [layer for layer, _ in new])
+        for layer, held in new:
+            held.__dict__[_EDITED] = layer.gradient._version
 
     def _give_back_gradients(self) -> None:
         for parameter, gradient in self._hidden:
@@ -386,10 +391,6 @@ class MaskRuntime:
             hooks.step = step
             hooks.run.values = dict(values)
         self._generator.set_state(state["generator"])
-
-
-def _mark(gradient: Tensor) -> tuple[int, int]:
-    return id(gradient), gradient._version
 
 
 def _count(optimizer: Optimizer) -> int:

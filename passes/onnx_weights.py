@@ -138,6 +138,11 @@ def holds(array: Array, axis: int, keep: int, size: int) -> bool:
     return bool((np.count_nonzero(groups, axis=-1) <= keep).all())
 
 
+def with_zeros(array: Array, axis: int, size: int) -> Array:
+    """The array with zeros behind its last entry along ``axis``, ``size`` entries in all."""
+    return np.pad(array, [(0, size - length if place == axis else 0) for place, length in enumerate(array.shape)])
+
+
 def broken_groups(array: Array, axis: int, keep: int, size: int) -> tuple[int, int]:
     """How many aligned groups along ``axis`` have more than ``keep`` non-zeros, and how many there are."""
     length = array.shape[axis] - array.shape[axis] % size

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsefx.errors import OptionError
+from safetensors import SafetensorError
+
+from sparsefx.errors import OptionError, SparsefxError
 
 fcntl: Any
 try:
@@ -35,7 +37,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
             for left in folder.iterdir():
                 left.unlink()
             made = folder / target.name
-            write(made)
+            _write(made, write)
             _give_permissions(made, target)
             _synchronise(made)
             os.replace(made, target)
@@ -48,6 +50,17 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         raise OptionError(
             f"{target} cannot be written: {error.strerror or error}; free some space or choose another path"
         ) from error
+
+
+def _write(made: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(made)
+    except SparsefxError:
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        # torch and safetensors wrap what the system says in errors of their own.
+        told = str(error).strip().splitlines()
+        raise OSError(told[0][:200] if told else type(error).__name__) from error
 
 
 def _target(path: str | os.PathLike[str]) -> Path:

@@ -273,6 +273,8 @@ def _evaluate(value: ir.Value, opset: int, known: dict[int, Array | None]) -> Ar
     producer = value.producer()
     if value.is_initializer():
         result = None if value.const_value is None else value.const_value.numpy()
+    elif producer is not None and producer.op_type == "Constant" and _is_tensor(producer.attributes.get("value")):
+        result = producer.attributes["value"].as_tensor().numpy()  # which may lie in external data
     elif producer is not None and producer.op_type in _TRANSPARENT_OPS:
         names = [f"i{index}" if operand is not None else "" for index, operand in enumerate(producer.inputs)]
         arrays = [None if operand is None else _evaluate(operand, opset, known) for operand in producer.inputs]
@@ -295,6 +297,10 @@ def _evaluate(value: ir.Value, opset: int, known: dict[int, Array | None]) -> Ar
                 result = None
     known[id(value)] = result
     return result
+
+
+def _is_tensor(attribute: ir.Attr | None) -> bool:
+    return attribute is not None and attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
 
 
 def _asymmetric(value: ir.Value, opset: int) -> str:

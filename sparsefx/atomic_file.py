@@ -29,7 +29,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     Raises:
         OptionError: no file can be written at ``path``; one that was there is as before.
     """
-    target = _target(path)
+    target = check_place(path)
     folder = target.with_name(f".{target.name}.part")
     try:
         lock = _locked(folder)
@@ -63,7 +63,8 @@ def _write(made: Path, write: Callable[[Path], None]) -> None:
         raise OSError(told[0][:200] if told else type(error).__name__) from error
 
 
-def _target(path: str | os.PathLike[str]) -> Path:
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """The file that ``path`` names, links followed. Raises OptionError where it names a folder, or one that does not exist."""
     try:
         target = Path(os.path.realpath(path))
         is_directory = target.is_dir()

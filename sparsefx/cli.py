@@ -250,6 +250,7 @@ def prune(
     """Remove empty channels; outputs stay the same, which is checked in float64."""
     with _one_line_errors(debug):
         import sparsefx
+        from sparsefx.atomic_file import check_place
         from sparsefx.html import write_text
         from sparsefx.pruning_page import pruning_page
         from sparsefx.pruning_speed import measure_speed, speed_lines
@@ -258,6 +259,9 @@ def prune(
 
         if target.endswith(".onnx"):
             raise OptionError(f"{target} is an ONNX file; prune the torch model that it was exported from, and export it again")
+        for place in (out, plan, html):
+            if place is not None:
+                check_place(place)  # before anything is written anywhere
         with _busy(f"building {target}"):
             loaded = load_target(target, weights_needed=True)
         inputs = _inputs(loaded, input_shape, no_inputs=False)

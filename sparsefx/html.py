@@ -89,7 +89,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     try:
         replace_file(path, lambda file: _write_down(file, text))
     except OptionError as error:
-        raise ExportError(str(error)) from error
+        told = str(error)
+        raise ExportError(told if "cannot be written" in told else f"{path} cannot be written: {told}") from error
 
 
 def _write_down(file: Path, text: str) -> None:

@@ -94,7 +94,10 @@ def _content(file: Path, names: list[str]) -> Iterator[tuple[str, np.ndarray[Any
             raise ValueError(f"an .npy file is for one input, and the model has {', '.join(names)}: use .npz")
         yield names[0], np.load(file, mmap_mode="r", allow_pickle=False)
         return
-    with np.load(file, allow_pickle=False) as archive:
+    with file.open("rb") as stream:  # which numpy would leave open where it is no archive
+        archive = np.load(stream, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array, not an archive of them: name it .npy")
         for name in archive.files:
             yield name, archive[name]
 

@@ -254,3 +254,9 @@ def test_places_that_are_no_file(folder: Path, command: str, place: str) -> None
     (folder / "folder.onnx").mkdir()
     told = refused(folder, WRITERS[command]("folder.onnx" if place == "a folder" else "nowhere/out.onnx"))
     assert ("this is a directory" if place == "a folder" else "does not exist; create it first") in told
+
+
+def test_of_several_files_none_is_written_where_one_cannot_be(folder: Path) -> None:
+    (folder / "old.pt").write_bytes(b"an earlier file")
+    arguments = ["prune", "bad_files_net:build", "--out", "old.pt", "--plan", "nowhere/plan.safetensors"]
+    assert "nowhere does not exist; create it first" in refused(folder, arguments)

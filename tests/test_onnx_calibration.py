@@ -87,6 +87,7 @@ def test_a_folder_is_read_in_the_order_of_names(pair: Path, tmp_path: Path) -> N
         ("d.csv", b"1,2", "expected an .npz or .npy file, or a folder of them"),
         ("d.npy", b"no array at all", "cannot be read as numpy arrays: .*; write it with numpy.save"),
         ("d.npz", b"PK\x03\x04 cut short", "cannot be read as numpy arrays"),
+        ("d.npz", b"", "cannot be read as numpy arrays"),
         ("d.npy", np.zeros((4, 17), np.float32), r"has shape \(4, 17\); expected samples of the model's input, \?x16"),
         ("d.npy", np.float32(1), r"has shape \(\); expected samples"),
         ("d.npy", np.zeros((4, 16), np.uint8), "is uint8, and the model takes float32; prepare the data"),

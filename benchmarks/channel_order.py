@@ -24,7 +24,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparsefx
-from benchmarks.deployed_models import resnet50, vit_b
+from benchmarks.deployed_models import llama, resnet50, vit_b
 
 BAR, SEED = 1e-5, 0
 
@@ -33,21 +33,6 @@ def densenet121() -> tuple[nn.Module, Any]:
     import torchvision
 
     return torchvision.models.densenet121(), torch.randn(1, 3, 64, 64)
-
-
-def llama() -> tuple[nn.Module, Any]:
-    import transformers
-
-    config = transformers.LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=1000,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config), {"input_ids": torch.randint(0, 1000, (1, 16))}
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {

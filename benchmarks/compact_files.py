@@ -27,22 +27,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparsefx
-from benchmarks.deployed_models import DEPLOYED
+from benchmarks.deployed_models import DEPLOYED, llama
 from sparsefx.onnx_audit import audit_onnx
 
 SEED, BARS = 0, {"float16": 0.5626, "float32": 0.5313}
 
 
-def llama() -> tuple[nn.Module, Any]:
-    import transformers
-
-    config = transformers.LlamaConfig(
-        hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, vocab_size=1000, use_cache=False
-    )
-    return transformers.LlamaForCausalLM(config), {"input_ids": torch.randint(0, 1000, (1, 16))}
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {**DEPLOYED, "llama": llama}
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {**DEPLOYED, "llama": lambda: llama(num_key_value_heads=8)}
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:

@@ -102,12 +102,15 @@ def _models(results: Sequence[dict[str, Any]]) -> list[str]:
                 f"{result.get('parameters', 0) / 1e6:.1f} M",
                 f"{sparsity.get('sparse_layers', 0)} of {sparsity.get('layers', 0)}",
                 ", ".join(failed) or "all",
+                f"{onnx['bytes'] / 1e6:.1f} MB" if onnx else "",
                 f"{onnx['largest_relative_error']:.1e}" if onnx else "",
                 f"{result.get('seconds', 0):.0f} s",
                 f"{result.get('peak_bytes', 0) / 2**30:.1f} GiB",
             ]
         )
-    return table(["model", "parameters", "sparse layers", "passed, or what failed", "ONNX error", "time", "peak memory"], rows)
+    return table(
+        ["model", "parameters", "sparse layers", "passed, or what failed", "ONNX file", "ONNX error", "time", "peak memory"], rows
+    )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -38,6 +38,23 @@ def bert() -> tuple[nn.Module, Any]:
     return model, {"input_ids": torch.randint(0, 1000, (1, 16)), "attention_mask": torch.ones(1, 16, dtype=torch.int64)}
 
 
+def llama(**sizes: Any) -> tuple[nn.Module, Any]:
+    """A Llama-style decoder of hidden size 512 without a cache, and 16 tokens; ``sizes`` go before these of its configuration."""
+    import transformers
+
+    settings = {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 1000,
+        **sizes,
+    }
+    config = transformers.LlamaConfig(**settings, use_cache=False)
+    return transformers.LlamaForCausalLM(config), {"input_ids": torch.randint(0, settings["vocab_size"], (1, 16))}
+
+
 DEPLOYED: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "resnet50": resnet50,
     "convnext": convnext,

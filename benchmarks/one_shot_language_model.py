@@ -25,7 +25,10 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import sparsefx
+from benchmarks.deployed_models import llama
 
 VOCABULARY, LENGTH, BATCH, LEARNING_RATE, SEED, SAMPLES = 4096, 128, 16, 2e-3, 0, 128
 SPARSITIES = (("2:4", None), ("4:8", None), ("unstructured", 0.5))
@@ -33,17 +36,18 @@ SPARSITIES = (("2:4", None), ("4:8", None), ("unstructured", 0.5))
 
 def build() -> transformers.LlamaForCausalLM:
     torch.manual_seed(SEED)
-    config = transformers.LlamaConfig(
+    model, _ = llama(
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=352,
         num_hidden_layers=4,
         num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=LENGTH,
         tie_word_embeddings=True,
-        use_cache=False,
     )
-    return transformers.LlamaForCausalLM(config)
+    assert isinstance(model, transformers.LlamaForCausalLM)
+    return model
 
 
 def encode(words: list[str], index: dict[str, int]) -> Tensor:

@@ -48,6 +48,7 @@ from sparsefx.passes.onnx_report import ExportedWeight, ExportReport, OutputErro
 from sparsefx.passes.onnx_spell_out import spell_out
 from sparsefx.passes.onnx_verify import annotate, promises_of, verify_file
 from sparsefx.passes.onnx_write import check_destination, destination_of, write_checked
+from sparsefx.passes.pad_channels import pad_inputs
 
 OLDEST_OPSET = 18
 Encoding = Literal["plain", "compact"]
@@ -66,6 +67,7 @@ def lower_onnx(
     dynamic_batch: bool = False,
     opset: int | None = None,
     weights: Encoding = "plain",
+    pad_channels: bool = False,
     tolerance: float | None = None,
     samples: int = 3,
     generator: torch.Generator | None = None,
@@ -86,6 +88,7 @@ def lower_onnx(
         opset: version of the ONNX operator set, from 18; None means the exporter's default.
         weights: ``"plain"``: initializers, which every tool reads; ``"compact"``: weights that are 2:4 as two values and a
             4-bit code for each group of four, in standard ops, about 56 % of the bytes in float16; see `compact_weights`.
+        pad_channels: pad inputs of weights that are 2:4 with zeros to multiples of 16 or 4, where that pays; see `pad_channels`.
         tolerance: largest error allowed, relative to each output's largest magnitude; None means 1e-4 for float32, 2e-2
             for float16, 2e-2 for bfloat16 (which is compared in float32), 1e-9 for float64.
         samples: how many inputs to compare: the example itself, then random ones like it.
@@ -136,6 +139,8 @@ def lower_onnx(
             checks.append("the cache of keys and values (use_cache) is left out of the outputs: ONNX has no form for it")
         exported, sources = _translate(program, opset, output_names(outputs), _size_names(program, dynamic_shapes))
         promises = promises_of(model, program)
+        if pad_channels:
+            checks.extend(map(str, pad_inputs(exported)))
         annotate(exported, sources)
         plain = {name: value.const_value for name, value in exported.graph.initializers.items()}
         compacted = compact(exported) if weights == "compact" else ()
@@ -263,15 +268,16 @@ def _quiet() -> Iterator[None]:
 
 
 def _capture(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    args, kwargs = copies(*inputs)  # torch.export marks dynamic sizes on the tensors, and where it fails the marks stay
     try:
         with _quiet():
-            return torch.export.export(
-                model, inputs[0], inputs[1] or None, dynamic_shapes=_without_names(dynamic_shapes), strict=False
-            )
+            return torch.export.export(model, args, kwargs or None, dynamic_shapes=_without_names(dynamic_shapes), strict=False)
     except Exception as error:
         text = first_line(error)
         if "pytree" in str(error):
             remedy = "return and take only tensors, tuples, lists and dicts (in transformers: model.config.use_cache = False)"
+        elif dynamic_shapes is not None and "specialized it to be a constant" in str(error):
+            remedy = "the model's own code fixes that size, as x.view(2, ...) does: take it from x.shape there, or leave it fixed"
         elif dynamic_shapes is not None and "ata-dependent" not in str(error):
             remedy = "bound the sizes with torch.export.Dim(name, min=..., max=...), and give examples of at least 2 along them"
         else:

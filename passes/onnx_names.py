@@ -59,7 +59,7 @@ def fold_transposes(model: ir.Model) -> dict[str, Source]:
                 others += 1
         alone = others == 0 and len(by_permutation) == 1
         for permutation, nodes in by_permutation.items():
-            new_name = name if alone else _unused(f"{name}.transposed", graph)
+            new_name = name if alone else unused_name(f"{name}.transposed", graph)
             array = np.ascontiguousarray(np.transpose(value.const_value.numpy(), permutation))
             replacement = _initializer(new_name, array, value.const_value.dtype)
             for node in nodes:
@@ -228,7 +228,8 @@ def _is_taken(name: str, graph: ir.Graph) -> bool:
     )
 
 
-def _unused(name: str, graph: ir.Graph) -> str:
+def unused_name(name: str, graph: ir.Graph) -> str:
+    """The name itself where no value of the graph has it, else numbered."""
     return name if name not in graph.initializers and not _is_taken(name, graph) else _numbered(name, graph)
 
 

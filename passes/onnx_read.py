@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,26 @@ def _check_versions(path: Path, proto: onnx.ModelProto) -> None:
             )
 
 
+def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol | None]]:
+    """Every initializer and constant of the graph, of graphs inside it and of functions, by name."""
+    seen: set[int] = set()
+    holders: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for holder in holders:
+        graphs = [holder] if isinstance(holder, ir.Graph) else []
+        for node in ir.traversal.RecursiveGraphIterator(holder):
+            if isinstance(node.graph, ir.Graph):
+                graphs.append(node.graph)
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    yield node.outputs[0].name or node.op_type, attribute.as_tensor()
+        for graph in graphs:
+            if id(graph) not in seen:
+                seen.add(id(graph))
+                yield from ((name, value.const_value) for name, value in graph.initializers.items())
+
+
 def _check_tensors(path: Path, model: ir.Model) -> None:
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
+    for name, tensor in _tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             location = path.parent / tensor.location
             needed = (tensor.offset or 0) + tensor.nbytes

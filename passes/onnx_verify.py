@@ -24,11 +24,12 @@ from sparsefx.passes.onnx_weights import (
     output_axis,
     tensor_core_reason,
     weight_uses,
+    with_zeros,
 )
 from sparsefx.sparse_parameter import sparse_parameters
 
 SOURCE_KEY, AXIS_KEY, PATTERN_KEY, DENSITY_KEY = "sparsefx.source", "sparsefx.axis", "sparsefx.pattern", "sparsefx.density"
-_N_OF_M = re.compile(r"(\d+):(\d+)(-transposable)?")
+_N_OF_M = re.compile(r"(\d+):(\d+)(-transposable|-padded)?")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Promise:
         pattern: name of the pattern.
         group: N and M, or None where the pattern is not N:M.
         transposable: N:M holds along the output axis too.
+        padded: the last group may be shorter, as if zeros stood behind it.
         axis: the parameter's axis along which the pattern runs.
         density: of the mask.
         used: whether the captured graph reads the parameter at all.
@@ -51,6 +53,7 @@ class Promise:
     pattern: str
     group: tuple[int, int] | None
     transposable: bool
+    padded: bool
     axis: int
     density: float
     used: bool
@@ -87,7 +90,8 @@ def promises_of(model: nn.Module, program: torch.export.ExportedProgram) -> tupl
                 aliases=aliases,
                 pattern=record.pattern.name,
                 group=(int(match[1]), int(match[2])) if match else None,
-                transposable=bool(match and match[3]),
+                transposable=bool(match and match[3] == "-transposable"),
+                padded=bool(match and match[3] == "-padded"),
                 axis=record.reduction_axis,
                 density=float(mask.double().mean()) if mask.numel() else 0.0,
                 used=not read.isdisjoint(aliases),
@@ -172,7 +176,8 @@ def _keep(promise: Promise, uses: list[WeightUse], sources: dict[str, Source]) -
         keep, size = promise.group
         source = sources.get(use.initializers[0]) if use.direct else None
         axis = source.permutation[use.axis] if source is not None and source.permutation is not None else None
-        if holds(use.array, use.axis, keep, size):
+        whole = -(-use.array.shape[use.axis] // size) * size if promise.padded else use.array.shape[use.axis]
+        if holds(with_zeros(use.array, use.axis, whole), use.axis, keep, size):
             other = output_axis(use.op, use.axis, use.array.ndim)
             if promise.transposable and axis is not None and not holds(use.array, other, keep, size):
                 raise ExportError(_broken(promise, use, use.array, other))

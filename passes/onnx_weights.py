@@ -138,6 +138,11 @@ def holds(array: Array, axis: int, keep: int, size: int) -> bool:
     return bool((np.count_nonzero(groups, axis=-1) <= keep).all())
 
 
+def with_zeros(array: Array, axis: int, size: int) -> Array:
+    """The array with zeros behind its last entry along ``axis``, ``size`` entries in all."""
+    return np.pad(array, [(0, size - length if place == axis else 0) for place, length in enumerate(array.shape)])
+
+
 def broken_groups(array: Array, axis: int, keep: int, size: int) -> tuple[int, int]:
     """How many aligned groups along ``axis`` have more than ``keep`` non-zeros, and how many there are."""
     length = array.shape[axis] - array.shape[axis] % size
@@ -268,6 +273,8 @@ def _evaluate(value: ir.Value, opset: int, known: dict[int, Array | None]) -> Ar
     producer = value.producer()
     if value.is_initializer():
         result = None if value.const_value is None else value.const_value.numpy()
+    elif producer is not None and producer.op_type == "Constant" and _is_tensor(producer.attributes.get("value")):
+        result = producer.attributes["value"].as_tensor().numpy()  # which may lie in external data
     elif producer is not None and producer.op_type in _TRANSPARENT_OPS:
         names = [f"i{index}" if operand is not None else "" for index, operand in enumerate(producer.inputs)]
         arrays = [None if operand is None else _evaluate(operand, opset, known) for operand in producer.inputs]
@@ -290,6 +297,10 @@ def _evaluate(value: ir.Value, opset: int, known: dict[int, Array | None]) -> Ar
                 result = None
     known[id(value)] = result
     return result
+
+
+def _is_tensor(attribute: ir.Attr | None) -> bool:
+    return attribute is not None and attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
 
 
 def _asymmetric(value: ir.Value, opset: int) -> str:

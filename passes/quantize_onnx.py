@@ -20,11 +20,12 @@ import onnxruntime
 from torch import Tensor
 
 from sparsefx.errors import ExportError, OptionError
+from sparsefx.passes import onnx_write
 from sparsefx.passes.compact_weights import densify
 from sparsefx.passes.onnx_check import check_standard, first_line
 from sparsefx.passes.onnx_read import read_onnx
 from sparsefx.passes.onnx_weights import WeightUse, holds, weight_uses
-from sparsefx.passes.onnx_write import check_destination, destination_of, write_checked
+from sparsefx.passes.onnx_write import check_destination, destination_of, tensor_bytes, write_checked
 
 OLDEST_OPSET = 13  # quantisation per output channel
 Method = Literal["minmax", "entropy", "percentile"]
@@ -107,8 +108,7 @@ def quantize_onnx(
         ExportError: the file cannot be read or quantised, zeros were lost, or the result cannot be written.
         OptionError: no calibration data, data that does not fit the file's inputs, or an unknown method.
     """
-    if method not in get_args(Method):
-        raise OptionError(f"method={method!r} was given; expected one of {', '.join(map(repr, get_args(Method)))}")
+    check_method(method)
     target = destination_of(out)
     check_destination(target)
     model, _ = read_onnx(path)
@@ -125,10 +125,11 @@ def quantize_onnx(
         raise ExportError(f"{path}: there is no weight to quantise ({told or 'no convolution or matrix product was found'})")
     batches = _batches(model, calibration)
     before = {use.value.name or "": use for use in uses}
-    with tempfile.TemporaryDirectory(prefix=".sparsefx-") as folder:
-        plain, quantized = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        ir.save(model, plain, format="protobuf")
-        _quantize(plain, quantized, batches, sorted({use.node for use in uses}), method)
+    with _working_folder(target) as folder:
+        plain, quantized = folder / "float.onnx", folder / "int8.onnx"
+        large = tensor_bytes(model) > onnx_write.LARGEST_SINGLE_FILE
+        ir.save(model, plain, format="protobuf", external_data="float.data" if large else None)
+        _quantize(plain, quantized, batches, sorted({use.node for use in uses}), method, large)
         result, _ = read_onnx(quantized)
         ir.external_data.load_to_model(result)
         _strip(result)
@@ -144,6 +145,15 @@ def quantize_onnx(
     size = write_checked(result, target, check)
     errors, agreement = measured[0]
     return QuantizeReport(str(target), size, weights, tuple(left), len(batches), errors, agreement)
+
+
+def check_method(method: str) -> Method:
+    """The method of this name. Raises OptionError where there is none."""
+    for known in get_args(Method):
+        if method == known:
+            found: Method = known
+            return found
+    raise OptionError(f"method={method!r} was given; expected one of {', '.join(map(repr, get_args(Method)))}")
 
 
 def _name_nodes(model: ir.Model) -> None:
@@ -221,7 +231,12 @@ class _Reader:
 
 
 def _quantize(
-    plain: Path, quantized: Path, batches: list[dict[str, np.ndarray[Any, Any]]], nodes: list[str], method: Method
+    plain: Path,
+    quantized: Path,
+    batches: list[dict[str, np.ndarray[Any, Any]]],
+    nodes: list[str],
+    method: Method,
+    large: bool,
 ) -> None:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
@@ -243,6 +258,7 @@ def _quantize(
                 weight_type=QuantType.QInt8,
                 nodes_to_quantize=nodes,
                 calibrate_method=methods[method],
+                use_external_data_format=large,
                 extra_options={
                     "ActivationSymmetric": True,
                     "WeightSymmetric": True,
@@ -256,6 +272,19 @@ def _quantize(
         raise ExportError(
             f"onnxruntime cannot quantise the file: {type(error).__name__}: {first_line(error)}; check that the calibration "
             f"batches have the shapes of the file's inputs, or exclude weights"
+        ) from error
+
+
+@contextmanager
+def _working_folder(target: Path) -> Iterator[Path]:
+    """A folder beside the file to write, since that has to hold as much anyway; gone afterwards."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ExportError(
+            f"{target}: the files to quantise from could not be written beside it: {error.strerror or error}; free some space, "
+            f"or choose another path"
         ) from error
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 OUTPUT_MULTIPLE = 8
 REDUCTION_MULTIPLE = 16
-PATTERNS = ("2:4", "2:4-transposable")
+PATTERNS = ("2:4", "2:4-transposable", "2:4-padded")
 
 
 def tensor_core_refusal(shape: Sequence[int], reduction_axis: int, groups: int, op: str, pattern: str) -> str:
@@ -31,7 +31,9 @@ def tensor_core_refusal(shape: Sequence[int], reduction_axis: int, groups: int, 
         return "is a transposed convolution, for which no runtime is known to have a sparse kernel"
     if not op.startswith("conv") and len(shape) == 3:
         return "is a stack of matrices (as of a mixture of experts), for which no runtime is known to have a sparse kernel"
-    return shape_refusal(shape[reduction_axis], shape[1 - reduction_axis], groups)
+    reason = shape_refusal(shape[reduction_axis], shape[1 - reduction_axis], groups)
+    remedy = "; export with pad_channels=True" if pattern == "2:4-padded" and reason.endswith(f"of {REDUCTION_MULTIPLE}") else ""
+    return reason + remedy
 
 
 def shape_refusal(inputs: int, outputs: int, groups: int) -> str:

@@ -139,7 +139,8 @@ def sparsify(
                 target=None if moves.first_density(share) == share else share,
                 reduction_axis=row.reduction_axis,
                 mask=mask if mask.stride() == weight.stride() else torch.empty_like(weight, dtype=torch.bool).copy_(mask),
-                dormant=weight.masked_fill(mask, 0),
+                # A one-shot method has masked the weights already, and has its own way back.
+                dormant=None if method.one_shot is not None else weight.masked_fill(mask, 0),
                 algorithm=moves,
             )
             for row, weight, mask, share in zip(rows, weights, first.masks, first.densities, strict=True)
@@ -163,8 +164,8 @@ def sparsify(
             set_model_record(model, remembered)
         except BaseException:
             for weight, record in zip(weights, records, strict=True):
-                assert record.dormant is not None
-                torch.where(record.mask, weight, record.dormant, out=weight)
+                if record.dormant is not None:
+                    torch.where(record.mask, weight, record.dormant, out=weight)
             first.undo()
             forget(model)
             raise
@@ -374,6 +375,7 @@ def export_onnx(
     dynamic_batch: bool = False,
     opset: int | None = None,
     weights: Encoding = "plain",
+    pad_channels: bool = False,
 ) -> ExportReport:
     """Write ``model`` as an ONNX file that was checked: patterns, the ONNX checker, and onnxruntime against the model.
 
@@ -388,6 +390,8 @@ def export_onnx(
         opset: ONNX opset version; None means the exporter's default.
         weights: ``"plain"`` initializers, or ``"compact"``: 2:4 weights as values and 4-bit codes, which standard ops
             decode when a runtime loads the file. TensorRT needs plain ones; `densify_onnx` restores them.
+        pad_channels: pad the inputs of 2:4 weights with zeros to a multiple of 16, or of 4, where the padded sparse product has
+            fewer terms than the dense one; outputs stay the same. The report tells which.
 
     Raises:
         ExportError: torch.export refuses the model, a check fails, or the file cannot be written.
@@ -404,6 +408,7 @@ def export_onnx(
         dynamic_batch=dynamic_batch,
         opset=opset,
         weights=weights,
+        pad_channels=pad_channels,
     )
 
 

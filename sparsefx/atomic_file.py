@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsefx.errors import OptionError
+from safetensors import SafetensorError
+
+from sparsefx.errors import OptionError, SparsefxError
 
 fcntl: Any
 try:
@@ -27,7 +29,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     Raises:
         OptionError: no file can be written at ``path``; one that was there is as before.
     """
-    target = _target(path)
+    target = check_place(path)
     folder = target.with_name(f".{target.name}.part")
     try:
         lock = _locked(folder)
@@ -35,7 +37,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
             for left in folder.iterdir():
                 left.unlink()
             made = folder / target.name
-            write(made)
+            _write(made, write)
             _give_permissions(made, target)
             _synchronise(made)
             os.replace(made, target)
@@ -50,7 +52,19 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         ) from error
 
 
-def _target(path: str | os.PathLike[str]) -> Path:
+def _write(made: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(made)
+    except SparsefxError:
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        # torch and safetensors wrap what the system says in errors of their own.
+        told = str(error).strip().splitlines()
+        raise OSError(told[0][:200] if told else type(error).__name__) from error
+
+
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """The file that ``path`` names, links followed. Raises OptionError where it names a folder, or one that does not exist."""
     try:
         target = Path(os.path.realpath(path))
         is_directory = target.is_dir()

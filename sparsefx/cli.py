@@ -1,4 +1,4 @@
-"""The command line: ``sparsefx audit``, ``sparsefx export``, ``sparsefx prune``, ``sparsefx demo``.
+"""The command line: ``sparsefx audit``, ``export``, ``compact``, ``densify``, ``quantize``, ``prune`` and ``demo``.
 
 Exit status 0 on success, 1 where sparsefx refuses or fails (one line on stderr), 2 for a command line that is wrong.
 Model libraries and the ONNX tools are imported by the commands that need them, when they run.
@@ -129,6 +129,10 @@ def export(
     compact: Annotated[
         bool, typer.Option("--compact", help="Store 2:4 weights as values and 4-bit codes; sparsefx densify undoes it.")
     ] = False,
+    pad_channels: Annotated[
+        bool,
+        typer.Option("--pad-channels", help="Pad inputs of 2:4 weights with zeros to multiples of 16 or 4, where that pays."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a model as an ONNX file, checked against onnxruntime."""
@@ -157,6 +161,7 @@ def export(
                 dynamic_batch=dynamic_batch,
                 opset=opset,
                 weights="compact" if compact else "plain",
+                pad_channels=pad_channels,
             )
         typer.echo(str(report))
 
@@ -188,6 +193,37 @@ def compact(file: OnnxFile, out: Rewritten = None, debug: Debug = False) -> None
 
 
 @app.command()
+def quantize(
+    file: OnnxFile,
+    calibration: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH",
+            help="Samples like those the model will see: .npz with an array for each input by its name, .npy for "
+            "one input, or a folder of these; the first axis counts samples.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the INT8 file.")],
+    method: Annotated[str, typer.Option(help="How activation ranges are chosen: minmax, entropy or percentile.")] = "minmax",
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Names of weights to leave in float; once for each glob.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at a time, where the file leaves its batch free.")] = 32,
+    debug: Debug = False,
+) -> None:
+    """Write a float32 ONNX file in symmetric INT8, zeros and 2:4 kept, and say what it cost in accuracy."""
+    with _one_line_errors(debug):
+        from sparsefx.onnx_calibration import read_calibration
+        from sparsefx.passes.quantize_onnx import check_method, quantize_onnx
+
+        chosen = check_method(method)
+        with _busy(f"quantising {file}"):
+            batches = read_calibration(calibration, file, batch=batch)
+            report = quantize_onnx(file, batches, out, method=chosen, exclude=exclude or ())
+        typer.echo(str(report))
+
+
+@app.command()
 def prune(
     target: TargetArgument,
     weights: Annotated[
@@ -214,6 +250,7 @@ def prune(
     """Remove empty channels; outputs stay the same, which is checked in float64."""
     with _one_line_errors(debug):
         import sparsefx
+        from sparsefx.atomic_file import check_place
         from sparsefx.html import write_text
         from sparsefx.pruning_page import pruning_page
         from sparsefx.pruning_speed import measure_speed, speed_lines
@@ -222,6 +259,9 @@ def prune(
 
         if target.endswith(".onnx"):
             raise OptionError(f"{target} is an ONNX file; prune the torch model that it was exported from, and export it again")
+        for place in (out, plan, html):
+            if place is not None:
+                check_place(place)  # before anything is written anywhere
         with _busy(f"building {target}"):
             loaded = load_target(target, weights_needed=True)
         inputs = _inputs(loaded, input_shape, no_inputs=False)

@@ -14,11 +14,13 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsefx.errors import ExportError
+from sparsefx.atomic_file import replace_file
+from sparsefx.errors import ExportError, OptionError
 
 
 class Markup(str):
@@ -84,25 +86,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         ExportError: it cannot be written; a file already there is as before.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ExportError(f"path={path!r} was given; expected the path of the file to write, as text")
-    target = os.path.realpath(path)
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
     try:
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            if os.path.lexists(temporary):
-                os.unlink(temporary)
-    except OSError as error:
-        raise ExportError(
-            f"{os.fspath(path)} cannot be written: {error.strerror or error}; name a file in a folder that exists and is writable"
-        ) from error
+        replace_file(path, lambda file: _write_down(file, text))
+    except OptionError as error:
+        told = str(error)
+        raise ExportError(told if "cannot be written" in told else f"{path} cannot be written: {told}") from error
+
+
+def _write_down(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
 
 
 def section(heading: str, *parts: str) -> Markup:

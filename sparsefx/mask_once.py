@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from sparsefx.api import audit
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.model_record import has_records
+from sparsefx.one_shot import OneShotMethod, find, solve
 from sparsefx.ops.split import split
 from sparsefx.passes.analyze_eligibility import Eligibility, Selection
 from sparsefx.patterns import GlobalUnstructured, Pattern, parse
@@ -23,28 +25,39 @@ def mask_once(
     *,
     pattern: str | Pattern = "2:4",
     density: float | None = None,
+    algorithm: str | OneShotMethod = "magnitude",
+    calibration: Iterable[Any] | None = None,
     example_inputs: Any = None,
     include: Selection = None,
     exclude: Selection = None,
     eligibility: Eligibility | None = None,
 ) -> Model:
-    """Set the smallest weights of the eligible layers to zero, in place and for good: `sparsefx.sparsify` and
-    `sparsefx.finalize` in one, without a mask or a removed weight being kept.
+    """Set weights of the eligible layers to zero, in place and for good: `sparsefx.sparsify` and `sparsefx.finalize` in one,
+    without a mask or a removed weight being kept.
 
     Memory: a mask of one layer (1 byte a weight) and what choosing it takes, at any time. The price is that nothing can be put
     back: everything that can be refused is refused first, but where the process is stopped midway, the layers done by then stay
     masked. Calling it again goes on from there, since a masked layer keeps its mask.
 
-    Arguments as for `sparsefx.sparsify`. Returns the same object.
+    With algorithm ``"wanda"`` or ``"sparsegpt"`` and calibration batches, that is the statistics of one block's inputs and what
+    solving one layer takes. Their original weights wait in a temporary file, and are put back where a layer fails.
+
+    Arguments as for `sparsefx.sparsify`; ``"magnitude"`` removes the smallest weights. Returns the same object.
 
     Raises:
         StateError: the model is sparsified already, sharded, or on the meta device.
-        OptionError: pattern ``"unstructured:global"``, whose threshold needs all layers at once.
+        OptionError: another algorithm, no calibration batches for one that looks at them, a pattern that it cannot choose, or
+            pattern ``"unstructured:global"``, whose threshold needs all layers at once.
         EligibilityError: no layer is eligible, or ``include``/``exclude`` match nothing.
         PatternError, CaptureError: as for `sparsefx.sparsify`.
         NonFiniteError: a weight holds NaN or infinity.
     """
     chosen = parse(pattern) if isinstance(pattern, str) else pattern
+    method = find(algorithm)
+    if method is None and algorithm not in ("magnitude", "static"):
+        raise OptionError(f"algorithm={algorithm!r} was given; expected 'magnitude', 'wanda' or 'sparsegpt'")
+    if method is None and calibration is not None:
+        raise OptionError("calibration was given, and masks by magnitude use none; leave it out, or pass algorithm='wanda'")
     found = audit(
         model,
         pattern=chosen,
@@ -73,6 +86,11 @@ def mask_once(
         if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
             raise NonFiniteError(f"{row.name}: the weight holds NaN or infinity; load a good checkpoint, or exclude the layer")
     with torch.inference_mode(False), torch.no_grad():
+        if method is not None:
+            names = [row.parameter for row in rows]
+            share = chosen.resolve_density(density)
+            solve(model, names, pattern=chosen, density=share, method=method, calibration=calibration, keep_masks=False)
+            return model
         for row in rows:
             _mask(model.get_parameter(row.parameter).detach(), chosen, chosen.resolve_density(density), row.reduction_axis)
     return model

@@ -22,6 +22,7 @@ from sparsefx.passes.onnx_weights import (
     tensor_core_reason,
     weight_uses,
 )
+from sparsefx.passes.pad_channels import PADDED_KEY, padded_size
 from sparsefx.passes.tensorrt_rules import build_condition, obstacle_to_picking, stored_bytes
 
 
@@ -41,7 +42,8 @@ class OnnxWeight:
         source: the PyTorch parameter it came from, where the file says so.
         reason: why Sparse Tensor Cores would not take it; empty where they would.
         likely_picked: whether TensorRT would likely choose its sparse kernel, by channels, kernel and type.
-        note: why an eligible weight would likely not be picked, or what the build needs for it; may be empty.
+        note: why an eligible weight would likely not be picked, what the build needs for it, or that its inputs are padded or
+            could be; may be empty.
         bytes: size of the data in each encoding: ``plain``, ``compact``, ``sparse_initializer``; see `stored_bytes`.
         encoding: how the file stores it: ``plain``, ``compact``, ``sparse`` or, for what is no initializer, ``computed``.
     """
@@ -96,6 +98,7 @@ def _row(use: WeightUse, graph: ir.Graph, sparse: frozenset[str], compact: froze
         reason = reason or "it is in the compact encoding, which TensorRT does not take for a weight; run sparsefx densify first"
     picked, note = _prediction(use, shape, dtype.name, reason)
     sources = [tensor.metadata_props.get(SOURCE_KEY, "") for tensor in tensors if tensor is not None]
+    note = "; ".join(filter(None, (note, _padding(use, stored, encoding))))
     nonzero = 0 if array is None else int(np.count_nonzero(array != 0))
     return OnnxWeight(
         name="+".join(use.initializers),
@@ -124,3 +127,12 @@ def _prediction(use: WeightUse, shape: tuple[int, ...], dtype: str, reason: str)
     obstacle = obstacle_to_picking(shape[use.axis], shape[outputs], taps)
     condition = build_condition(dtype, quantised=is_quantised(use.value))
     return not obstacle, "; ".join(filter(None, (obstacle, condition)))
+
+
+def _padding(use: WeightUse, stored: ir.TensorProtocol | None, encoding: str) -> str:
+    """That the inputs of a weight were padded, or could be so that it becomes eligible."""
+    before = "" if stored is None else stored.metadata_props.get(PADDED_KEY, "")
+    if before:
+        return f"its {before} inputs were padded with zeros; the Pad in front of it is a layer of its own"
+    size = padded_size(use) if encoding == "plain" and use.direct and tensor_core_reason(use) else None
+    return "" if size is None else f"with {size} inputs, the rest zeros, it would be 2:4: export with pad_channels=True"

@@ -112,7 +112,9 @@ def _summary(path: str, weights: Sequence[OnnxWeight], log: SparsityLog | None) 
 
 
 def _row(weight: OnnxWeight, log: SparsityLog | None, details: bool) -> list[str | Cell]:
-    verdict = f"eligible{': ' + weight.note if weight.note else ''}" if weight.eligible else f"no: {weight.reason}"
+    verdict = f"eligible{': ' + weight.note if weight.note else ''}"
+    if not weight.eligible:
+        verdict = f"no: {weight.reason}{'; ' + weight.note if weight.note else ''}"
     sizes = [weight.bytes.get(encoding) for encoding in _ENCODINGS] if details else []
     return [
         weight.name,

@@ -56,7 +56,8 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if name.endswith(".safetensors"):
             save_model(model, str(file))
         else:
-            torch.save(model.state_dict(), file)
+            with file.open("wb") as stream:  # through which errors of the system come as they are
+                torch.save(model.state_dict(), stream)
 
     replace_file(name, write)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer
 from sparsefx.passes.channels.solve import Solution
-from sparsefx.patterns import NOfM, Transposable
+from sparsefx.patterns import NOfM, Padded, Transposable
 from sparsefx.sparse_parameter import records_of
 
 
@@ -62,7 +62,7 @@ def pattern_of(model: nn.Module, layer: Layer) -> tuple[int, int, bool] | None:
     record = records_of(model.get_submodule(path)).get(local_name)
     if record is not None:
         pattern = record.pattern
-        if isinstance(pattern, (NOfM, Transposable)):
+        if isinstance(pattern, (NOfM, Padded, Transposable)):
             return pattern.n, pattern.m, isinstance(pattern, Transposable)
         return None
     used = layer.used
@@ -88,6 +88,6 @@ def holds(weight: Tensor, axis: int, n: int, m: int) -> bool:
 
 
 def keep_groups(solution: Solution, classes: Integers, m: int) -> bool:
-    """Of every aligned run of ``m`` channels all stay where one does; True where that is news."""
-    runs = classes.reshape(-1, m)
-    return solution.keep(runs[solution.stays[runs].any(axis=1)].ravel())
+    """Of every aligned run of ``m`` channels (the last may be shorter) all stay where one does; True where that is news."""
+    runs = np.split(classes, range(m, len(classes), m))
+    return solution.keep(np.concatenate([run for run in runs if solution.stays[run].any()] or [classes[:0]]))

@@ -2,14 +2,14 @@
 
 Blocks are taken in the order in which the model runs them. Each is looked at with the blocks before it sparse already, so that it
 can make up for their errors, and the statistics of one block are in memory at a time. A block is an element of a ModuleList
-or Sequential; what stands outside of one is a block of its own.
+or Sequential; what stands outside of one is a block of its own. The original weights wait in a file, for the case of a failure.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from sparsefx.errors import CaptureError, NonFiniteError, OptionError
 from sparsefx.one_shot.base import OneShotMethod
 from sparsefx.one_shot.layout import Call, from_matrices, inputs_of, to_matrices
 from sparsefx.one_shot.observe import Inputs, Stop, run
+from sparsefx.one_shot.originals import Originals
 from sparsefx.patterns import Pattern
 
 
@@ -30,8 +31,8 @@ class Solution:
     """What was found; the model's weights hold it already.
 
     Attributes:
-        masks: in the order of the names that were given.
-        undo: puts the weights back as they were.
+        masks: in the order of the names that were given; none where none were to be kept.
+        undo: puts the weights back as they were, from the disk.
     """
 
     masks: list[Tensor]
@@ -46,8 +47,11 @@ def solve(
     density: float,
     method: OneShotMethod,
     calibration: Iterable[Any] | None,
+    keep_masks: bool = True,
 ) -> Solution:
     """Mask the named parameters of ``model``, in place, all or nothing.
+
+    In memory at a time, beside the model and the masks: the statistics of one block's inputs, and what solving one layer takes.
 
     Args:
         model: runs in eval mode; buffers, modes and random generators stay as they are.
@@ -57,9 +61,10 @@ def solve(
         method: chooses each layer's mask.
         calibration: batches: a tensor, a tuple of arguments, a dict of keyword arguments or a pair of both. Positional values
             that the model's forward does not take, such as labels, are left out.
+        keep_masks: whether masks are wanted, at a byte a weight; the zeros in the weights are there in any case.
 
     Raises:
-        OptionError: no calibration batches, or a pattern that the method cannot choose.
+        OptionError: no calibration batches, a pattern that the method cannot choose, or no room on the disk for the originals.
         CaptureError: the model does not run on a batch, or a weight is read in a way that cannot be watched.
         NonFiniteError: inputs of a layer hold NaN or infinity.
     """
@@ -77,12 +82,12 @@ def solve(
             f"directly on the first calibration batch, so {method.name} cannot look at the inputs; exclude={unseen[:3]!r}, or "
             f"use algorithm='static'"
         )
-    originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    originals = Originals()
 
     def undo() -> None:
         with torch.no_grad():
-            for name, original in originals.items():
-                parameters[name].detach().copy_(original)
+            for name, parameter in parameters.items():
+                originals.restore(name, parameter)
 
     masks: dict[str, Tensor] = {}
     try:
@@ -91,11 +96,14 @@ def solve(
         for block in track(blocks, f"{method.name}", console=console, transient=True, disable=not console.is_terminal):
             statistics, calls = _look(model, batches, block, order, by_id, method)
             for name in block:
-                masks[name] = _mask(name, parameters[name], calls[name], statistics.pop(name), pattern, density, method)
+                originals.keep(name, parameters[name])
+                mask = _mask(name, parameters[name], calls[name], statistics.pop(name), pattern, density, method)
+                if keep_masks:
+                    masks[name] = mask
     except BaseException:
         undo()
         raise
-    return Solution([masks[name] for name in names], undo)
+    return Solution([masks[name] for name in names if name in masks], undo)
 
 
 def _batches(model: nn.Module, calibration: Iterable[Any] | None, method: str) -> list[Inputs]:
@@ -164,7 +172,8 @@ def _look(
                 statistics[name] = [method.empty(inputs.shape[2], call.weight) for _ in range(call.groups)]
             for statistic, part in zip(statistics[name], inputs, strict=True):
                 method.add(statistic, part)
-        calls.setdefault(name, call)
+        if name not in calls:
+            calls[name] = replace(call, input=call.input.new_empty(0))  # the inputs are not looked at any more
 
     for inputs in batches:
         _run(model, inputs, by_id, see)

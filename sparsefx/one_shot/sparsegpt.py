@@ -42,9 +42,9 @@ class SparseGPT(OneShotMethod):
         return "sparsegpt"
 
     def refusal(self, pattern: Pattern) -> str | None:
-        if isinstance(pattern, Unstructured) or (isinstance(pattern, NOfM) and 16 % pattern.m == 0):
+        if isinstance(pattern, (Unstructured, NOfM)):
             return None
-        return "it chooses 'unstructured' masks and N:M along the reduction axis, with M a divisor of 16"
+        return "it chooses 'unstructured' masks and N:M along the reduction axis"
 
     def empty(self, columns: int, like: Tensor) -> Tensor:
         return torch.zeros(columns, columns, dtype=_precision(like), device=like.device)
@@ -60,8 +60,10 @@ class SparseGPT(OneShotMethod):
         work[:, dead] = 0
         mask = torch.zeros_like(work, dtype=torch.bool)
         columns = work.shape[1]
-        for start in range(0, columns, self.block):
-            stop = min(start + self.block, columns)
+        # Groups of N:M lie within blocks.
+        block = max(1, self.block // pattern.m) * pattern.m if isinstance(pattern, NOfM) else self.block
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
             part, chosen = work[:, start:stop], mask[:, start:stop]
             own = factor[start:stop, start:stop]
             scales = own.diagonal()
@@ -80,19 +82,19 @@ class SparseGPT(OneShotMethod):
 
     def _inverse_factor(self, gram: Tensor) -> Tensor:
         """The upper Cholesky factor of the damped Gram matrix's inverse."""
-        diagonal = gram.diagonal()
-        damped = gram.clone()
-        damped.diagonal()[diagonal == 0] = 1
+        diagonal = gram.diagonal().clone()
         mean = float(diagonal.mean()) or 1.0
+        diagonal[diagonal == 0] = 1
+        damped = gram.clone()
         share = self.damping
         while share < 10:  # a Gram matrix of few samples is singular, and rounding can make it indefinite
-            lower, failed = torch.linalg.cholesky_ex(
-                damped + share * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            )
+            damped.diagonal().copy_(diagonal + share * mean)
+            factor, failed = torch.linalg.cholesky_ex(damped)
             if not int(failed):
-                upper: Tensor
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                factor = torch.cholesky_inverse(factor)
+                factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
                 if not int(failed):
+                    upper: Tensor = factor
                     return upper
             share *= 10
         raise NonFiniteError("the inputs' Gram matrix cannot be inverted; expected finite inputs: look at the calibration data")

@@ -11,6 +11,7 @@ from sparsefx.patterns.block import Block
 from sparsefx.patterns.channel import Channel
 from sparsefx.patterns.global_unstructured import GlobalUnstructured
 from sparsefx.patterns.n_of_m import NOfM
+from sparsefx.patterns.padded import Padded
 from sparsefx.patterns.transposable import Transposable
 from sparsefx.patterns.unstructured import Unstructured
 
@@ -19,6 +20,7 @@ _EXAMPLES = (
     "4:8",
     "1:4",
     "2:4-transposable",
+    "2:4-padded",
     "4:8-transposable",
     "unstructured",
     "unstructured:global",
@@ -26,15 +28,15 @@ _EXAMPLES = (
     "block:4x4",
     "channel",
 )
-_N_OF_M = re.compile(r"(\d{1,3}):(\d{1,3})(?:(-transposable|[ -]2d)|[ -]1d)?")
+_N_OF_M = re.compile(r"(\d{1,3}):(\d{1,3})(?:(-transposable|[ -]2d)|(-padded)|[ -]1d)?")
 _BLOCK = re.compile(r"block:(\d{1,6})x(\d{1,6})(?::norm=([0-9.e+]+))?")
 
 
 def parse(text: str) -> Pattern:
     """The pattern that a text names.
 
-    ``N:M`` and ``N:M-transposable`` with 1 <= N <= M <= 16 (also written ``N:M 1D`` and ``N:M 2D``), ``unstructured`` (per
-    layer), ``unstructured:global`` (one threshold
+    ``N:M`` and ``N:M-transposable`` with 1 <= N <= M <= 16 (also written ``N:M 1D`` and ``N:M 2D``), ``N:M-padded`` for weights
+    whose inputs are no multiple of M, ``unstructured`` (per layer), ``unstructured:global`` (one threshold
     over all layers), ``block:RxC`` (R along the output axis, C along the reduction axis; ``block:1x8:norm=2`` ranks blocks by
     a p-norm) and ``channel`` (whole filters). ``parse(pattern.name) == pattern`` for every pattern.
 
@@ -52,7 +54,7 @@ def parse(text: str) -> Pattern:
         return Channel()
     found = _N_OF_M.fullmatch(cleaned)
     if found:
-        kind = Transposable if found[3] else NOfM
+        kind = Transposable if found[3] else Padded if found[4] else NOfM
         return kind(int(found[1]), int(found[2]))
     found = _BLOCK.fullmatch(cleaned)
     if found:

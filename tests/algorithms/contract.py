@@ -20,6 +20,7 @@ PATTERNS = (
     "unstructured",
     "unstructured:global",
     "2:4",
+    "2:4-padded",
     "2:4-transposable",
     "4:8-transposable",
     "block:1x8",

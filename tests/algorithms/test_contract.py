@@ -13,7 +13,7 @@ from sparsefx.sparse_parameter import sparse_parameters
 from tests.algorithms.contract import BY_NAME, OPTIMIZERS, PATTERNS, STEPS, attached, counts, sparsified, steps
 from tests.training import batches
 
-_FIXED = {"2:4", "2:4-transposable", "4:8-transposable"}
+_FIXED = {"2:4", "2:4-padded", "2:4-transposable", "4:8-transposable"}
 # Pairs that are refused, and a word of the reason.
 REFUSED: dict[str, dict[str, str]] = {
     "sparse-momentum": {

@@ -252,3 +252,26 @@ def test_a_deep_graph_is_read_in_one_walk(tmp_path: Path) -> None:
     nodes += [helper.make_node("MatMul", [f"x{depth}", "w"], ["y"])]
     file = save(tmp_path / "deep.onnx", nodes, {"w": two_of_four((16, 16), 0)}, {"x0": [2, 16]})
     assert [(weight.name, weight.pattern) for weight in audit_onnx(file)] == [("w", "2:4"), ("w", "2:4")]
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_external_data_of_subgraphs_and_constants(tmp_path: Path, damage: str) -> None:
+    def branch(name: str) -> onnx.GraphProto:
+        node = helper.make_node("MatMul", ["x", name], [f"{name}_y"])
+        output = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)
+        return helper.make_graph([node], name, [], [output], [numpy_helper.from_array(two_of_four((16, 32), 0), name)])
+
+    choose = helper.make_node("If", ["c"], ["z"], then_branch=branch("a"), else_branch=branch("b"))
+    constant = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(two_of_four((32, 16), 0)))
+    nodes = [choose, constant, helper.make_node("MatMul", ["z", "w"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, {"c": np.array(True)}, {"x": [2, 16]})
+    options = {"save_as_external_data": True, "location": "m.data", "size_threshold": 0, "convert_attribute": True}
+    onnx.save(onnx.load(path), path, **options)
+    assert [weight.pattern for weight in audit_onnx(path)] == ["2:4", "2:4", "2:4"]
+    data = tmp_path / "m.data"
+    if damage == "missing":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:-64])
+    with pytest.raises(ExportError, match="is missing; put it beside" if damage == "missing" else "is cut short"):
+        audit_onnx(path)

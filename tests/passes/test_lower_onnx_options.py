@@ -173,3 +173,16 @@ def test_attention_over_any_number_of_axes(tmp_path: Path, causal: bool, masked:
     report = lower_onnx(model, torch.randn(2, 24 if windows else 6, 16), tmp_path / "model.onnx")
     assert report.largest_relative_error < 1e-5
     assert report.outputs[0].largest_value > 0.1
+
+
+def test_a_size_that_the_model_fixes_is_told_and_the_inputs_are_as_before(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(2, 4, 4).sum(1)
+
+    x = torch.randn(2, 16)
+    before = dict(x.__dict__)
+    with pytest.raises(ExportError, match=r"the model's own code fixes that size, as x\.view\(2, \.\.\.\) does"):
+        lower_onnx(Fixed(), x, tmp_path / "m.onnx", dynamic_batch=True)
+    assert x.__dict__ == before
+    assert lower_onnx(Fixed(), x, tmp_path / "m.onnx").samples == 3

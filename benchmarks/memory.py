@@ -58,8 +58,8 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor
         yield from (value for value in state.values() if isinstance(value, Tensor))
     for _, _, record in sparse_parameters(model):
         yield record.mask
-        if record.dormant is not None:
-            yield record.dormant
+        if record.compact is not None:
+            yield record.compact
         yield from record.state.values()
 
 
@@ -94,7 +94,7 @@ def step_memory(model: nn.Module, batch: Tensor, algorithm: str, pattern: str, o
         "peak": held + peak,
         "masks": sum(record.mask.nbytes for _, _, record in found),
         "largest": max((parameter.nbytes for parameter in model.parameters()), default=0),
-        "dormant": sum(record.dormant.nbytes for _, _, record in found if record.dormant is not None),
+        "dormant": sum(record.compact.nbytes for _, _, record in found if record.compact is not None),
     }
 
 

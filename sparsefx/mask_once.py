@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,27 @@ from sparsefx.model_record import has_records
 from sparsefx.ops.split import split
 from sparsefx.passes.analyze_eligibility import Eligibility, Selection
 from sparsefx.patterns import GlobalUnstructured, Pattern, parse
+from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_parameter import SparseParameter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def mask_once(
-    model: Model,
-    *,
-    pattern: str | Pattern = "2:4",
-    density: float | None = None,
-    example_inputs: Any = None,
-    include: Selection = None,
-    exclude: Selection = None,
-    eligibility: Eligibility | None = None,
-) -> Model:
+class Choice(TypedDict, total=False):
+    """Which layers are to be masked, and how; see `sparsefx.sparsify`."""
+
+    pattern: str | Pattern
+    density: float | None
+    example_inputs: Any
+    include: Selection
+    exclude: Selection
+    eligibility: Eligibility | None
+
+
+def mask_once(model: Model, **choice: Unpack[Choice]) -> Model:
     """Set the smallest weights of the eligible layers to zero, in place and for good: `sparsefx.sparsify` and
     `sparsefx.finalize` in one, without a mask or a removed weight being kept.
 
@@ -35,7 +41,8 @@ def mask_once(
     back: everything that can be refused is refused first, but where the process is stopped midway, the layers done by then stay
     masked. Calling it again goes on from there, since a masked layer keeps its mask.
 
-    Arguments as for `sparsefx.sparsify`. Returns the same object.
+    ``pattern``, ``density``, ``example_inputs``, ``include``, ``exclude`` and ``eligibility`` are those of `sparsefx.sparsify`,
+    with its defaults. Returns the same object.
 
     Raises:
         StateError: the model is sparsified already, sharded, or on the meta device.
@@ -44,18 +51,14 @@ def mask_once(
         PatternError, CaptureError: as for `sparsefx.sparsify`.
         NonFiniteError: a weight holds NaN or infinity.
     """
-    chosen = parse(pattern) if isinstance(pattern, str) else pattern
-    found = audit(
-        model,
-        pattern=chosen,
-        density=density,
-        example_inputs=example_inputs,
-        include=include,
-        exclude=exclude,
-        eligibility=eligibility,
-    )
+    if isinstance(model, nn.Module):
+        refuse_distributed(model, "mask_once")
+    found = audit(model, **choice)
     if has_records(model):
         raise StateError("mask_once was given a model that is sparsified already; call sparsefx.finalize(model) instead")
+    pattern = choice.get("pattern", "2:4")
+    chosen = parse(pattern) if isinstance(pattern, str) else pattern
+    density = chosen.resolve_density(choice.get("density"))
     if isinstance(chosen, GlobalUnstructured):
         raise OptionError(
             "mask_once was given pattern 'unstructured:global', whose one threshold needs all layers at once; use "
@@ -74,7 +77,7 @@ def mask_once(
             raise NonFiniteError(f"{row.name}: the weight holds NaN or infinity; load a good checkpoint, or exclude the layer")
     with torch.inference_mode(False), torch.no_grad():
         for row in rows:
-            _mask(model.get_parameter(row.parameter).detach(), chosen, chosen.resolve_density(density), row.reduction_axis)
+            _mask(model.get_parameter(row.parameter).detach(), chosen, density, row.reduction_axis)
     return model
 
 

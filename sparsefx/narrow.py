@@ -19,6 +19,7 @@ from sparsefx.layers import known_weights
 from sparsefx.model_record import has_records
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.pruning import apply_channel_plan, channel_plan
+from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_parameter import sparse_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,6 +65,7 @@ def small_baseline(
         OptionError: a number out of range.
         And what `channel_plan` raises.
     """
+    refuse_distributed(model, "small_baseline")
     if density is None:
         density = _used(model)
     expect_share("density", density)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparsefx.algorithms.base import Algorithm, Split
@@ -12,9 +13,8 @@ from sparsefx.algorithms.layer import Layer, Run
 from sparsefx.algorithms.options import expect_not_negative, expect_share, expect_steps
 from sparsefx.errors import OptionError
 from sparsefx.ops.select import largest_among
-from sparsefx.ops.split import keep_masked, merge
+from sparsefx.ops.split import keep_masked
 from sparsefx.shards import counts_of
-from sparsefx.sparse_parameter import SparseParameter
 
 _BACKWARD = "backward"
 
@@ -77,7 +77,8 @@ class TopKAST(Algorithm):
 
     def after_step(self, run: Run) -> Split:
         # Momentum and weight decay reach the others too, whatever their gradient was: they go back to their value.
-        merge([layer.weight for layer in run.layers], [_as_updated(layer) for layer in run.layers])
+        for layer in run.layers:
+            layer.weight.copy_(torch.where(layer.state[_BACKWARD], layer.weight, _dormant(layer)))
         return Split(rewire=self._rewires(run))
 
     def move(self, run: Run) -> None:
@@ -104,12 +105,6 @@ def _dormant(layer: Layer) -> Tensor:
     dormant = layer.record.dormant
     assert dormant is not None
     return dormant
-
-
-def _as_updated(layer: Layer) -> SparseParameter:
-    """A record that takes the weights which are updated for those that participate."""
-    record = layer.record
-    return SparseParameter(record.pattern, record.density, record.reduction_axis, layer.state[_BACKWARD], record.dormant)
 
 
 TOP_KAST = TopKAST()

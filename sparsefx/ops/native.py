@@ -18,12 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsefx.dormant_values import MASK_CHANGED
+from sparsefx.errors import StateError
 from sparsefx.patterns.base import Pattern
 from sparsefx.patterns.n_of_m import NOfM
 from sparsefx.patterns.transposable import Transposable
 from sparsefx.sparse_parameter import SparseParameter
 
-_JOB = struct.Struct("3Q11qd14q")
+_JOB = struct.Struct("3Q12qd14q")
 _GROUP = struct.Struct("3q2d")
 _FORMATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _KEEP_MASK, _N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD, _MERGE = range(5)
@@ -69,6 +71,8 @@ def _library() -> ctypes.CDLL | None:
             # A library of another version of these sources would misread its input.
             if library.sparsefx_layout() != _JOB.size * 1000 + _GROUP.size:
                 continue
+            library.sparsefx_zeros.restype = ctypes.c_int64
+            library.sparsefx_zeros.argtypes = [ctypes.c_void_p, ctypes.c_int64]
             library.sparsefx_run.restype = ctypes.c_int
             library.sparsefx_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         except (OSError, AttributeError):
@@ -89,8 +93,8 @@ def describe() -> str:
     return "plain torch (the compiled extension sparsefx.ops._native was not built)"
 
 
-def supports(weight: Tensor, mask: Tensor, dormant: Tensor | None = None) -> bool:
-    """Whether the compiled kernels can work on this weight, its mask and its dormant values."""
+def supports(weight: Tensor, mask: Tensor, compact: Tensor | None = None) -> bool:
+    """Whether the compiled kernels can work on this weight, its mask and its dormant values (`SparseParameter.compact`)."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu" or weight.dtype not in _FORMATS:
         return False
     if weight.layout is not torch.strided or weight.is_neg():
@@ -98,8 +102,8 @@ def supports(weight: Tensor, mask: Tensor, dormant: Tensor | None = None) -> boo
     stride = weight.stride()
     if mask.device.type != "cpu" or mask.dtype is not torch.bool or mask.stride() != stride or mask.shape != weight.shape:
         return False
-    if dormant is not None and (
-        dormant.device.type != "cpu" or dormant.dtype is not weight.dtype or dormant.stride() != stride or dormant.is_neg()
+    if compact is not None and (
+        compact.device.type != "cpu" or compact.dtype is not weight.dtype or compact.dim() != 1 or not compact.is_contiguous()
     ):
         return False
     return _dense(tuple(weight.shape), stride)
@@ -146,11 +150,12 @@ class Batch:
         self._jobs: list[bytes] = []
         self._groups: list[tuple[Group, int]] = []
         self._changed: list[Tensor] = []
+        self._to_separate: list[tuple[Tensor, SparseParameter]] = []
         self._total = 0
 
     def merge(self, weight: Tensor, record: SparseParameter) -> None:
-        """Put ``record.dormant`` back."""
-        self._add(weight, record.mask, record.dormant, _MERGED, write=True, scale=1.0)
+        """Put the dormant values back."""
+        self._add(weight, record.mask, record.compact, _MERGED, write=True, scale=1.0)
 
     def keep(self, tensor: Tensor, mask: Tensor) -> None:
         """Make zero of what the mask leaves out."""
@@ -158,20 +163,26 @@ class Batch:
 
     def split(self, weight: Tensor, record: SparseParameter, choice: Choice, *, write: bool = True, scale: float = 1.0) -> None:
         """Choose the mask by `choice_of`, or leave it with ``KEEP``, and, with ``write``, split the weight."""
-        self._add(weight, record.mask, record.dormant, choice, write=write, scale=scale)
+        if record.compact is not None and write:
+            record.make_room(_left_out(weight, record.mask, choice))
+        self._add(weight, record.mask, record.compact, choice, write=write, scale=scale)
 
     def split_group(self, group: Group, *, write: bool = True, scale: float = 1.0) -> None:
         """Choose the largest weights of a group, all of one dtype, and, with ``write``, split them."""
         self._groups.append((group, len(self._jobs)))
         for weight, record in zip(group.weights, group.records, strict=True):
+            # How many dormant values each weight has, and where they begin, is known when the group's threshold is.
+            later = write and record.compact is not None
+            if later:
+                self._to_separate.append((weight, record))
             group_number = len(self._groups) - 1
-            self._add(weight, record.mask, record.dormant, LARGEST, write=write, scale=scale, group=group_number)
+            self._add(weight, record.mask, None, LARGEST, write=write and not later, scale=scale, group=group_number)
 
     def _add(
         self,
         weight: Tensor,
         mask: Tensor,
-        dormant: Tensor | None,
+        compact: Tensor | None,
         choice: Choice,
         *,
         write: bool,
@@ -187,7 +198,8 @@ class Batch:
             _JOB.pack(
                 weight.data_ptr(),
                 mask.data_ptr(),
-                0 if dormant is None else dormant.data_ptr(),
+                0 if compact is None else compact.data_ptr(),
+                0 if compact is None else compact.numel(),
                 count,
                 _FORMATS[weight.dtype],
                 *choice,
@@ -203,14 +215,15 @@ class Batch:
             self._changed.append(weight)
         if choice.kind not in (_MERGE, _KEEP_MASK):
             self._changed.append(mask)
-        if choice.kind != _MERGE and dormant is not None and write:
-            self._changed.append(dormant)
+        if choice.kind != _MERGE and compact is not None and write:
+            self._changed.append(compact)
 
     def run(self, threads: int | None = None) -> bool:
         """Do it all. Returns whether NaN or infinity was seen.
 
         Raises:
             MemoryError: there was none for the kernels' tables; nothing was changed.
+            StateError: a mask was changed without the dormant values beside it; nothing was changed.
         """
         if not self._jobs:
             return False
@@ -221,6 +234,8 @@ class Batch:
         wanted = torch.get_num_threads() if threads is None else threads
         used = max(1, min(wanted, self._total // _WEIGHTS_PER_THREAD)) if threads is None else wanted
         result = library.sparsefx_run(jobs, len(self._jobs), groups, len(self._groups), used)
+        if result == -2:
+            raise StateError(MASK_CHANGED)
         if result < 0:
             raise MemoryError("no memory for the tables of the mask kernels")
         # Autograd has to notice writes that it did not see.
@@ -229,7 +244,25 @@ class Batch:
             threshold = _GROUP.unpack_from(groups, position * _GROUP.size)[-1]
             for record in group.records:
                 record.threshold = None if math.isnan(threshold) else threshold
+        if self._to_separate:
+            rest = Batch()
+            for weight, record in self._to_separate:
+                rest.split(weight, record, KEEP)
+            result |= rest.run(threads)
         return bool(result)
+
+
+def _left_out(weight: Tensor, mask: Tensor, choice: Choice) -> int:
+    """How many weights the mask will leave out when it is chosen so."""
+    count = weight.numel()
+    if choice.kind == _N_OF_M:
+        return count // choice.m * (choice.m - choice.n)
+    if choice.kind == _TWO_OF_FOUR_BLOCKS:
+        return count // 2
+    library = _library()
+    assert library is not None
+    found: int = library.sparsefx_zeros(mask.data_ptr(), count)
+    return found
 
 
 def _pack_group(entry: tuple[Group, int]) -> bytes:

@@ -164,32 +164,37 @@ CLONES static void NAME(clear_dormant)(WORD *restrict weight, const uint8_t *res
         weight[i] &= (WORD)-(WORD)mask[i];
 }
 
-/* weight keeps the participating values, dormant (or nothing) gets the others; returns the largest magnitude seen. */
-CLONES static WORD NAME(separate)(WORD *restrict weight, const uint8_t *restrict mask, WORD *restrict dormant, int64_t count)
+/* weight keeps the participating values and zeros; returns the largest magnitude seen. */
+CLONES static WORD NAME(separate)(WORD *restrict weight, const uint8_t *restrict mask, int64_t count)
 {
     WORD worst = 0;
-    if (dormant) {
-        for (int64_t i = 0; i < count; i++) {
-            WORD value = weight[i], keep = (WORD)-(WORD)mask[i], magnitude = value & MAGNITUDE;
-            worst = magnitude > worst ? magnitude : worst;
-            weight[i] = value & keep;
-            dormant[i] = value & (WORD)~keep;
-        }
-    } else {
-        for (int64_t i = 0; i < count; i++) {
-            WORD value = weight[i], magnitude = value & MAGNITUDE;
-            worst = magnitude > worst ? magnitude : worst;
-            weight[i] = value & (WORD)-(WORD)mask[i];
-        }
+    for (int64_t i = 0; i < count; i++) {
+        WORD value = weight[i], magnitude = value & MAGNITUDE;
+        worst = magnitude > worst ? magnitude : worst;
+        weight[i] = value & (WORD)-(WORD)mask[i];
     }
     return worst;
 }
 
-CLONES static void NAME(merge)(WORD *restrict weight, const uint8_t *restrict mask, const WORD *restrict dormant, int64_t count)
+/* The words that the mask leaves out, one after the other; returns how many. `to` has room for `count`. */
+static int64_t NAME(gather)(const WORD *restrict weight, const uint8_t *restrict mask, WORD *restrict to, int64_t count)
 {
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; i++) {
+        to[left] = weight[i];
+        left += mask[i] ^ 1;
+    }
+    return left;
+}
+
+/* Puts them back. Reads one word more than the mask leaves out. */
+static void NAME(merge)(WORD *restrict weight, const uint8_t *restrict mask, const WORD *restrict from, int64_t count)
+{
+    int64_t left = 0;
     for (int64_t i = 0; i < count; i++) {
         WORD keep = (WORD)-(WORD)mask[i];
-        weight[i] = (WORD)((weight[i] & keep) | (dormant[i] & (WORD)~keep));
+        weight[i] = (WORD)((weight[i] & keep) | (from[left] & (WORD)~keep));
+        left += mask[i] ^ 1;
     }
 }
 

@@ -37,12 +37,14 @@ def merge(
     batch = native.Batch()
     compiled = compiled and native.available()
     for weight, record in zip(weights, records, strict=True):
-        if record.dormant is None:
+        if record.compact is None:
             continue
-        if compiled and native.supports(weight, record.mask, record.dormant):
+        if compiled and native.supports(weight, record.mask, record.compact):
             batch.merge(weight, record)
-        else:
-            weight.copy_(torch.where(record.mask, weight, record.dormant))
+            continue
+        dormant = record.dormant
+        assert dormant is not None
+        weight.copy_(torch.where(record.mask, weight, dormant))
     batch.run(threads)
 
 
@@ -60,8 +62,8 @@ def split(
     """Choose masks and split weights into participating and dormant values, in place.
 
     First the weights outside the mask that was used are multiplied by ``dormant_scale``. Then, with ``rewire``, each
-    record's mask becomes the best one for ``|weight|``. Then the weight keeps the participating values, the record's dormant
-    tensor (where it has one) gets the others, and both are +0.0 elsewhere.
+    record's mask becomes the best one for ``|weight|``. Then the weight keeps the participating values and is +0.0 elsewhere, and
+    the record (where it keeps dormant values) gets the others.
 
     Args:
         weights: detached parameters, holding all values w.
@@ -158,7 +160,7 @@ def _gather(
             together.setdefault(densities[position], []).append(position)
             continue
         choice = native.choice_of(pattern, record.reduction_axis, tuple(weight.shape), weight.stride()) if rewire else native.KEEP
-        if not native.supports(weight, record.mask, record.dormant):
+        if not native.supports(weight, record.mask, record.compact):
             left.append(position)
         elif choice is not None:
             batch.split(weight, record, choice, write=write, scale=_scale_first(weight, record, scale))
@@ -170,7 +172,7 @@ def _gather(
     for density, positions in together.items():
         group_weights, group_records = [weights[i] for i in positions], [records[i] for i in positions]
         if len({weight.dtype for weight in group_weights}) > 1 or not all(
-            native.supports(weight, record.mask, record.dormant) and native.can_select(weight)
+            native.supports(weight, record.mask, record.compact) and native.can_select(weight)
             for weight, record in zip(group_weights, group_records, strict=True)
         ):
             left += positions
@@ -225,6 +227,5 @@ def _choose(weights: Sequence[Tensor], records: Sequence[SparseParameter], densi
 
 
 def _separate(weight: Tensor, record: SparseParameter) -> None:
-    if record.dormant is not None:
-        record.dormant.copy_(weight).masked_fill_(record.mask, 0)
+    record.keep(weight)
     weight.masked_fill_(~record.mask, 0)

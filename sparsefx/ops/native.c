@@ -44,6 +44,7 @@ enum {
 #undef WORD
 #undef NAME
 #include "native_blocks.h"
+#include "native_compact.h"
 
 /* Both structures are written by native.py: 8-byte fields only. */
 typedef struct {
@@ -101,7 +102,7 @@ typedef struct worker {
     work_t *work;
     uint32_t *histogram;
     uint8_t *scratch, *place;
-    uint64_t *values; /* room for a tile and one word more */
+    uint64_t *values; /* room for a tile and SPARE */
     int64_t place_inner, place_m, above;
 } worker_t;
 
@@ -197,7 +198,7 @@ static void separate(worker_t *worker, const job_t *job, int64_t start, int64_t 
         const uint8_t *mask = job->mask + start;
         uint64_t worst;
         if (job->dormant) {
-            BY_SIZE(job->format, left =, gather, word, (const word *)weight, mask, (word *)worker->values, length)
+            BY_SIZE(job->format, left =, gather_fast, word, (const word *)weight, mask, (word *)worker->values, length)
             memcpy(at(job->dormant, offset, job->format), worker->values, (size_t)(left * WORD_SIZE[job->format]));
             offset += left;
         }
@@ -211,7 +212,7 @@ static void merge(worker_t *worker, const job_t *job, int64_t start, int64_t cou
     int64_t left = job->held - offset < count ? job->held - offset : count;
     void *weight = at(job->weight, start, job->format);
     memcpy(worker->values, at(job->dormant, offset, job->format), (size_t)(left * WORD_SIZE[job->format]));
-    BY_SIZE(job->format, , merge, word, (word *)weight, job->mask + start, (const word *)worker->values, count)
+    BY_SIZE(job->format, , merge_fast, word, (word *)weight, job->mask + start, (const word *)worker->values, count)
 }
 
 /* ---- N:M ---- */
@@ -685,7 +686,7 @@ int sparsefx_run(job_t *jobs, int64_t job_count, group_t *groups, int64_t group_
     pthread_t *handles = malloc(sizeof *handles * (size_t)threads);
     worker_t *workers = calloc((size_t)threads, sizeof *workers);
     uint8_t *memory = malloc((size_t)threads * (sizeof(uint32_t) * BINS + SCRATCH + TILE + 2 * NEAR_GROUP));
-    uint64_t *values = malloc((size_t)threads * sizeof *values * (TILE + 1));
+    uint64_t *values = malloc((size_t)threads * sizeof *values * (TILE + SPARE));
     int started = 1, result = -1;
     work.workers = workers;
     if (handles && workers && memory && values)
@@ -698,7 +699,7 @@ int sparsefx_run(job_t *jobs, int64_t job_count, group_t *groups, int64_t group_
             workers[t].histogram = (uint32_t *)memory + t * BINS;
             workers[t].scratch = memory + threads * (int64_t)sizeof(uint32_t) * BINS + t * (SCRATCH + TILE + 2 * NEAR_GROUP);
             workers[t].place = workers[t].scratch + SCRATCH;
-            workers[t].values = values + t * (TILE + 1);
+            workers[t].values = values + t * (TILE + SPARE);
         }
         int64_t useful = work.large_count ? threads : work.item_count;
         while (started < threads && started < useful &&

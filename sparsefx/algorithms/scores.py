@@ -58,7 +58,6 @@ def mean_magnitude(layer: Layer) -> float:
 
 
 def _mean(layer: Layer, values: Tensor) -> float:
-    chosen, shards = picked(values, layer.mask).abs_(), layer.record.shards
-    wide = chosen.sum(dtype=summation_dtype(chosen))
-    total, count = totals([float(wide), float(chosen.numel())], [shards, shards])
+    chosen, shards = picked(values, layer.mask, dtype=summation_dtype(values)).abs_(), layer.record.shards
+    total, count = totals([float(chosen.sum()), float(chosen.numel())], [shards, shards])
     return total / count if count else float("nan")

@@ -17,7 +17,7 @@ from sparsefx.shards import Shards
 from sparsefx.sparse_parameter import SparseParameter
 
 _RANKED = (torch.float32, torch.float64)
-_PIECE = 1 << 16
+_PIECE = 1 << 14
 
 
 @torch.no_grad()
@@ -87,19 +87,20 @@ def _compiled(scores: Sequence[Tensor], candidates: Sequence[Tensor], count: int
     return chosen
 
 
-def picked(values: Tensor, places: Tensor, *, overwrite: bool = False) -> Tensor:
+def picked(values: Tensor, places: Tensor, *, overwrite: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """``values[places]``, on the CPU without a temporary of the values' size.
 
     Args:
         values: any shape.
         places: bool, in this shape.
         overwrite: True lets the result stand in the values' own memory.
+        dtype: of the result, where that is a new tensor.
     """
     if values.device.type != "cpu" or not values.is_contiguous():
-        return values.masked_select(places)
+        return values.masked_select(places).to(dtype or values.dtype)
     flat, which = values.reshape(-1), places.reshape(-1)
     # What is written in place never reaches what is still to be read.
-    found = flat if overwrite else torch.empty(int(which.count_nonzero()), dtype=values.dtype)
+    found = flat if overwrite else torch.empty(int(which.count_nonzero()), dtype=dtype or values.dtype)
     position = 0
     for start in range(0, len(flat), _PIECE):
         piece = flat[start : start + _PIECE].masked_select(which[start : start + _PIECE])

@@ -51,6 +51,9 @@ def mask_once(model: Model, **choice: Unpack[Choice]) -> Model:
         PatternError, CaptureError: as for `sparsefx.sparsify`.
         NonFiniteError: a weight holds NaN or infinity.
     """
+    odd = sorted(choice.keys() - Choice.__annotations__.keys())
+    if odd:
+        raise TypeError(f"mask_once() got an unexpected keyword argument {odd[0]!r}")
     if isinstance(model, nn.Module):
         refuse_distributed(model, "mask_once")
     found = audit(model, **choice)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sparsefx
+from sparsefx.algorithms.layer import Run
+from sparsefx.algorithms.magnitude import Magnitude
 from sparsefx.dormant_values import compact_of, spread
 from sparsefx.errors import StateError
 from sparsefx.ops import native
@@ -88,6 +90,27 @@ def test_moves_copies_and_pickles_keep_them(pattern: str) -> None:
     loss_of(model, (x.double(), y)).backward()
     optimizer.step()
     assert all(record.compact is not None and record.compact.dtype is torch.float64 for _, _, record in sparse_parameters(model))
+
+
+class Turned(Magnitude):
+    """Magnitude rewiring whose masks are turned round after each step, by the way that algorithms have."""
+
+    def move(self, run: Run) -> None:
+        for layer in run.layers:
+            layer.set_mask(~layer.mask, clear_moments=False)
+
+
+def test_masks_that_an_algorithm_sets_keep_the_dormant_values_that_stay_dormant() -> None:
+    model = sparsefx.sparsify(small_net(), pattern="unstructured", algorithm=Turned(exploit="none"))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sparsefx.attach(model, optimizer, total_steps=30)
+    train(model, optimizer, batches(3))
+    for _, parameter, record in sparse_parameters(model):
+        # What participated was dropped, and what came is zero: nothing is left of either.
+        assert record.compact is not None
+        assert record.compact.numel() == int((~record.mask).sum())
+        assert not bool(record.compact.any())
+        assert not bool(parameter.any())
 
 
 @pytest.mark.skipif(not native.available(), reason="the compiled kernels were not built")

@@ -21,6 +21,7 @@ from sparsefx.first_masks import first_masks, method_of
 from sparsefx.inputs import with_zeros, without_values
 from sparsefx.model_record import ModelRecord, forget, has_records, model_records, set_model_record
 from sparsefx.one_shot import OneShotMethod
+from sparsefx.ops.split import merge
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
 from sparsefx.passes.insert_masks import masked_graph
 from sparsefx.passes.lower_onnx import Encoding, lower_onnx
@@ -159,10 +160,7 @@ def sparsify(
             checkpoint.watch_loading(model)
             set_model_record(model, remembered)
         except BaseException:
-            for weight, record in zip(weights, records, strict=True):
-                dormant = record.dormant
-                assert dormant is not None
-                torch.where(record.mask, weight, dormant, out=weight)
+            merge(weights, records)
             first.undo()
             forget(model)
             raise

@@ -7,7 +7,12 @@ setup(
         Extension(
             "sparsefx.ops._native",
             sources=["sparsefx/ops/native.c"],
-            depends=["sparsefx/ops/compiler.h", "sparsefx/ops/native_kernels.h", "sparsefx/ops/native_blocks.h"],
+            depends=[
+                "sparsefx/ops/compiler.h",
+                "sparsefx/ops/native_kernels.h",
+                "sparsefx/ops/native_blocks.h",
+                "sparsefx/ops/native_compact.h",
+            ],
             extra_compile_args=["-O3", "-std=c11", "-fno-math-errno", "-ffp-contract=off", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,

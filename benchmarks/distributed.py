@@ -5,7 +5,8 @@ masks of one process that trains on the joined batch. A run saved on some ranks 
     torchrun --nproc-per-node 2 benchmarks/distributed.py --save FILE
     torchrun --nproc-per-node 4 benchmarks/distributed.py --resume FILE
 
-``--kinds`` chooses among ``ddp``, ``ddp-bare`` (no broadcast of buffers, gradients as views of buckets) and ``fsdp``.
+``--kinds`` chooses among ``ddp``, ``ddp-bare`` (no broadcast of buffers, gradients as views of buckets) and ``fsdp``,
+``--methods`` by position among the methods and patterns.
 DDP saves one file with `sparsefx.save`; FSDP2 a folder with ``torch.distributed.checkpoint``, which cuts it anew for other ranks.
 
 Processes meet over gloo, on the CPU, in float64: the gradients of a joined batch and the mean of its parts' differ by rounding
@@ -19,6 +20,7 @@ import gc
 import os
 import platform
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import fully_shard
 
 import sparsefx
+from sparsefx.shards import shards_of, values_of
 
 METHODS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("magnitude", "2:4", {"exploit": "none"}),
@@ -100,9 +103,9 @@ class Training:
         loss_of(self.runs, batch(number)[self.part]).backward()
         self.optimizer.step()
 
-    def masks(self) -> Tensor:
-        """All masks in one row of bytes."""
-        return torch.cat([whole(mask).flatten() for mask in sparsefx.masks(self.model).values()]).to(torch.uint8)
+    def masks(self) -> list[Tensor]:
+        """All masks; of sharded parameters DTensors."""
+        return list(sparsefx.masks(self.model).values())
 
     def state(self) -> dict[str, Any]:
         """What a distributed checkpoint holds."""
@@ -130,10 +133,23 @@ class Training:
             self.optimizer.load_state_dict(loaded.extra["optimizer"])
 
 
-def same_on_all_ranks(values: Tensor) -> bool:
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values)
-    return all(torch.equal(part, parts[0]) for part in parts)
+def same_masks(joint: list[Tensor], single: list[Tensor]) -> bool:
+    """Whether what this rank holds of the joint run's masks is the same part of the single run's. Nothing is sent."""
+    pairs = [(mask, shards_of(mask, "a mask"), alone) for mask, alone in zip(joint, single, strict=True)]
+    return all(torch.equal(values_of(mask), alone if cut is None else cut.part(alone)) for mask, cut, alone in pairs)
+
+
+def digest(masks: list[Tensor]) -> int:
+    """A checksum of whole masks."""
+    return zlib.crc32(torch.cat([mask.flatten() for mask in masks]).to(torch.uint8).numpy().data)
+
+
+def held_on_all_ranks(held: bool, digests: list[int]) -> bool:
+    """Whether every rank says so, all with the same digests of the single run that they compared themselves with."""
+    mine = torch.tensor([int(held), *digests])
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return all(torch.equal(part, parts[0]) and bool(part[0]) for part in parts)
 
 
 def distance(one: nn.Module, other: nn.Module) -> float:
@@ -143,23 +159,30 @@ def distance(one: nn.Module, other: nn.Module) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs) / largest
 
 
-def check(method: int, steps: int, kind: str, first: int = 0, path: str | None = None, save: bool = False) -> bool:
-    """Run all ranks against one process; True where masks are equal at every step and weights within the tolerance."""
+def check(method: int, steps: int, kind: str, *, save: str | None = None, resume: str | None = None) -> bool:
+    """Run all ranks against one process; True where masks are equal at every step and weights within the tolerance.
+
+    The joint run is saved to ``save`` at half time, or begins there with what was saved to ``resume``.
+    """
     single, joint = Training(method, steps, kind=None), Training(method, steps, kind=kind)
-    if path is not None and not save:
-        for number in range(first):
-            single.step(number)
-        joint.load(path, kind)
-    moved, equal, start = 0, True, joint.masks()
-    for number in range(first, steps // 2 if save else steps):
+    first = 0 if resume is None else steps // 2
+    for number in range(first):
+        single.step(number)
+    if resume is not None:
+        joint.load(resume, kind)
+    start = single.masks()
+    equal, moved, digests = same_masks(joint.masks(), start), 0, [digest(start)]
+    for number in range(first, steps):
+        if save is not None and number == steps // 2:
+            joint.save(save, kind)
         single.step(number)
         joint.step(number)
-        masks = joint.masks()
-        equal = equal and same_on_all_ranks(masks) and torch.equal(masks, single.masks())
-        moved = max(moved, int((masks != start).sum()))
+        masks = single.masks()
+        equal = equal and same_masks(joint.masks(), masks)
+        digests.append(digest(masks))
+        moved = max(moved, sum(int((now != then).sum()) for now, then in zip(masks, start, strict=True)))
+    equal = held_on_all_ranks(equal, digests)
     off = distance(joint.model, single.model)
-    if save and path is not None:
-        joint.save(path, kind)
     held = equal and off <= TOLERANCE and moved > 0
     if dist.get_rank() == 0:
         algorithm, pattern, _ = METHODS[method]
@@ -174,8 +197,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
-    parser.add_argument("--save", type=Path, help="train the first half and save to FILE.KIND.METHOD")
-    parser.add_argument("--resume", type=Path, help="go on from FILE.KIND.METHOD")
+    parser.add_argument("--methods", nargs="+", type=int, choices=range(len(METHODS)), default=range(len(METHODS)))
+    parser.add_argument("--save", type=Path, help="save to FILE.KIND.METHOD at half time")
+    parser.add_argument("--resume", type=Path, help="go on from FILE.KIND.METHOD at half time")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     dist.init_process_group("gloo")
@@ -184,14 +208,9 @@ def main() -> None:
         print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, gloo, {dist.get_world_size()} processes")
     held = True
     for kind in given.kinds:
-        for method in range(len(METHODS)):
-            if given.save is not None:
-                held = check(method, given.steps, kind, path=f"{given.save}.{kind}.{method}", save=True) and held
-            elif given.resume is not None:
-                first = given.steps // 2
-                held = check(method, given.steps, kind, first=first, path=f"{given.resume}.{kind}.{method}") and held
-            else:
-                held = check(method, given.steps, kind) and held
+        for method in given.methods:
+            names = [None if path is None else f"{path}.{kind}.{method}" for path in (given.save, given.resume)]
+            held = check(method, given.steps, kind, save=names[0], resume=names[1]) and held
     # Wrappers of models hold on to gloo's threads, which must have ended before the process does.
     gc.collect()
     dist.barrier()

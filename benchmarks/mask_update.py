@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sparsefx.dormant_values import compact_of
 from sparsefx.ops import native
 from sparsefx.ops.split import merge, rewire_masks, split
 from sparsefx.patterns import parse
@@ -49,7 +50,10 @@ def parameters(millions: float, pattern: str, seed: int) -> tuple[list[Tensor], 
     generator = torch.Generator().manual_seed(seed)
     chosen = parse(pattern)
     weights = [torch.randn(shape, generator=generator) for shape in shapes_of(millions)]
-    return weights, [SparseParameter(chosen, 0.5, 1, torch.zeros_like(w, dtype=torch.bool), torch.zeros_like(w)) for w in weights]
+    empty = [torch.zeros_like(weight, dtype=torch.bool) for weight in weights]
+    return weights, [
+        SparseParameter(chosen, 0.5, 1, mask, compact_of(weight, mask)) for weight, mask in zip(weights, empty, strict=True)
+    ]
 
 
 def interleaved(operations: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
@@ -65,11 +69,11 @@ def interleaved(operations: dict[str, Callable[[], None]], repeats: int) -> dict
 
 def measure(weights: Sequence[Tensor], records: Sequence[SparseParameter], repeats: int, *, compiled: bool) -> dict[str, float]:
     """Seconds of copy and of all operations of one pattern. The weights are as before afterwards."""
+    places = [torch.empty_like(weight) for weight in weights]
 
     def copy() -> None:
-        for weight, record in zip(weights, records, strict=True):
-            assert record.dormant is not None
-            record.dormant.copy_(weight)
+        for weight, place in zip(weights, places, strict=True):
+            place.copy_(weight)
 
     def without_hint() -> None:
         for record in records:

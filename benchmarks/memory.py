@@ -1,8 +1,8 @@
 """Claim: a sparse training step needs at most the masks (one byte a masked weight) and one layer's weight more than a dense one.
 
 It holds for methods that keep no dormant values (SET, RigL, sparse momentum, static masks, ...). It does not hold for those
-that do (the recipe, SR-STE, Top-KAST): every dormant value is kept beside the weight while the weight itself holds zeros, which
-is one more element a masked weight. docs/limits.md says why.
+that do (the recipe, SR-STE, Top-KAST): every dormant value is kept beside the weight while the weight itself holds a zero in its
+place, with 2:4 half an element a masked weight. docs/limits.md says why.
 
 ResNet-50 and a 6-layer transformer encoder (d 512), AdamW. Bytes are those of torch's CPU allocator: what model, optimizer and
 records hold before the step, and every allocation in it as the profiler saw it. The peak resident set of the process, which has
@@ -58,8 +58,8 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor
         yield from (value for value in state.values() if isinstance(value, Tensor))
     for _, _, record in sparse_parameters(model):
         yield record.mask
-        if record.dormant is not None:
-            yield record.dormant
+        if record.compact is not None:
+            yield record.compact
         yield from record.state.values()
 
 
@@ -94,7 +94,7 @@ def step_memory(model: nn.Module, batch: Tensor, algorithm: str, pattern: str, o
         "peak": held + peak,
         "masks": sum(record.mask.nbytes for _, _, record in found),
         "largest": max((parameter.nbytes for parameter in model.parameters()), default=0),
-        "dormant": sum(record.dormant.nbytes for _, _, record in found if record.dormant is not None),
+        "dormant": sum(record.compact.nbytes for _, _, record in found if record.compact is not None),
     }
 
 

@@ -14,12 +14,14 @@ from sparsefx import algorithms, checkpoint, patterns
 from sparsefx.algorithms import Algorithm, Exploit
 from sparsefx.algorithms.options import expect_generator, expect_steps
 from sparsefx.densities import Densities
+from sparsefx.dormant_values import compact_of
 from sparsefx.errors import EligibilityError, NonFiniteError, OptionError, StateError
 from sparsefx.first_masks import first_masks, method_of
 from sparsefx.inputs import with_zeros, without_values
 from sparsefx.live_rows import dense_row, live_row
 from sparsefx.model_record import ModelRecord, forget, has_records, model_records, set_model_record
 from sparsefx.one_shot import OneShotMethod
+from sparsefx.ops.split import merge
 from sparsefx.passes.analyze_eligibility import Analysis, Eligibility, Selection, analyze
 from sparsefx.passes.insert_masks import masked_graph
 from sparsefx.passes.lower_onnx import Encoding, lower_onnx
@@ -34,7 +36,6 @@ from sparsefx.shards import values_of
 from sparsefx.sparse_parameter import SparseParameter, add_record, expect_masked, sparse_parameters
 from sparsefx.training_backend import expect_backend, install_backend
 
-_ON_ONE_PROCESS = "do that on one process, with a model that a checkpoint is loaded into before (or without) fully_shard"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -132,18 +133,22 @@ def sparsify(
             example_inputs=example_inputs,
         )
         weights = [model.get_parameter(row.parameter).detach() for row in rows]
+        beside = [
+            mask if mask.stride() == weight.stride() else torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+            for mask, weight in zip(first.masks, weights, strict=True)
+        ]
         records = [
             SparseParameter(
                 pattern=chosen,
                 density=moves.first_density(share),
                 target=None if moves.first_density(share) == share else share,
                 reduction_axis=row.reduction_axis,
-                mask=mask if mask.stride() == weight.stride() else torch.empty_like(weight, dtype=torch.bool).copy_(mask),
+                mask=mask,
                 # A one-shot method has masked the weights already, and has its own way back.
-                dormant=None if method.one_shot is not None else weight.masked_fill(mask, 0),
+                compact=None if method.one_shot is not None else compact_of(weight, mask),
                 algorithm=moves,
             )
-            for row, weight, mask, share in zip(rows, weights, first.masks, first.densities, strict=True)
+            for row, weight, mask, share in zip(rows, weights, beside, first.densities, strict=True)
         ]
         remembered = ModelRecord(
             pattern=chosen.name,
@@ -163,15 +168,13 @@ def sparsify(
                 remembered.layers = install_backend(model, analysis.layers, example_inputs)
             set_model_record(model, remembered)
         except BaseException:
-            for weight, record in zip(weights, records, strict=True):
-                if record.dormant is not None:
-                    torch.where(record.mask, weight, record.dormant, out=weight)
+            merge(weights, records)
             first.undo()
             forget(model)
             raise
         if not moves.keeps_dormant:
             for record in records:
-                record.dormant = None
+                record.compact = None
     return model
 
 
@@ -277,7 +280,7 @@ def graph(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         CaptureError: the model as a whole cannot be captured as one graph.
     """
     _expect_module(model, "graph")
-    refuse_distributed(model, "graph", _ON_ONE_PROCESS)
+    refuse_distributed(model, "graph")
     if not has_records(model):
         raise StateError("graph was given a model that is not sparsified; call sparsefx.sparsify(model) first")
     if example_inputs is None:
@@ -335,7 +338,7 @@ def audit(
     eligible layer instead of refusing it.
     """
     _expect_module(model, "audit")
-    refuse_distributed(model, "audit", _ON_ONE_PROCESS)
+    refuse_distributed(model, "audit")
     own = [record for module, record in model_records(model) if module is model]
     if own:
         record = own[0]
@@ -399,7 +402,7 @@ def export_onnx(
         NonFiniteError: a weight holds NaN or infinity.
     """
     _expect_module(model, "export_onnx")
-    refuse_distributed(model, "export_onnx", _ON_ONE_PROCESS)
+    refuse_distributed(model, "export_onnx")
     return lower_onnx(
         model,
         example_inputs,
@@ -423,6 +426,7 @@ def export_parts(model: nn.Module, example_inputs: Any, folder: str | PathLike[s
         ExportError: no part can be exported, or a file cannot be written.
     """
     _expect_module(model, "export_parts")
+    refuse_distributed(model, "export_parts")
     return lower_parts(model, example_inputs, folder, opset=opset)
 
 

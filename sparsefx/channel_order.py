@@ -17,6 +17,7 @@ from sparsefx.passes.permute_channels import ChannelOrder, order_channels
 from sparsefx.patterns import NOfM
 from sparsefx.permutation import search_permutation
 from sparsefx.pruning import apply_channel_plan
+from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_parameter import sparse_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,6 +56,7 @@ def channel_order(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"channel_order was given a {type(model).__name__}; expected a torch.nn.Module")
+    refuse_distributed(model, "channel_order")
     if next(iter(sparse_parameters(model)), None) is not None:
         raise StateError(
             "channel_order was given a model that is sparse already, and another order of channels would break its pattern; "

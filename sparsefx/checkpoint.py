@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefx.dormant_values import compact_of
 from sparsefx.loaded_densities import keep_whole
 from sparsefx.ops.masks_of_shards import choose_of_shards
 from sparsefx.ops.split import rewire_masks
@@ -52,7 +53,7 @@ def adopt(record: SparseParameter, parameter: nn.Parameter) -> None:
     record.settle(weight)
     if record.mask.is_meta:
         record.mask = torch.zeros_like(weight, dtype=torch.bool)
-        record.dormant = None if record.dormant is None else torch.zeros_like(weight)
+        record.compact = None if record.compact is None else compact_of(torch.zeros_like(weight), record.mask)
     record.follow(weight)
     # Of sharded parameters every process has to come to the same conclusion.
     if _leaves_out(record.mask, weight, record):
@@ -60,8 +61,7 @@ def adopt(record: SparseParameter, parameter: nn.Parameter) -> None:
             record.mask.copy_(_mask_for(record, weight))
             record.threshold = None
         left_out = weight.masked_fill(record.mask, 0)
-        if record.dormant is not None:
-            record.dormant.copy_(left_out)
+        record.keep(left_out)
         record.left_out = left_out if _leaves_out(record.mask, weight, record) else None
     weight.masked_fill_(~record.mask, 0)
 
@@ -134,9 +134,12 @@ def cut_to_one_threshold(records: Sequence[tuple[Tensor, SparseParameter]]) -> N
     sizes = [weight.numel() if record.shards is None else record.shards.numel for weight, record in found]
     if sum(counts_of([record.mask for _, record in found], shards)) <= round(density * sum(sizes)):
         return
-    dense = [weight if record.dormant is None else torch.where(record.mask, weight, record.dormant) for weight, record in found]
+    dormant = [record.dormant for _, record in found]
+    dense = [
+        weight if beside is None else torch.where(record.mask, weight, beside)
+        for (weight, record), beside in zip(found, dormant, strict=True)
+    ]
     rewire_masks(dense, [record for _, record in found])
     for (weight, record), values in zip(found, dense, strict=True):
-        if record.dormant is not None:
-            record.dormant.copy_(values.masked_fill(record.mask, 0))
+        record.keep(values)
         weight.copy_(values.masked_fill(~record.mask, 0))

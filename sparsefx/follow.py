@@ -193,13 +193,14 @@ def broadcast_masks(model: nn.Module, generator: torch.Generator) -> None:
             record.target = None if record.target is None else float(densities[1])
             weight = parameter.detach()
             record.follow(weight)
+            dormant = record.dormant
             bits = record.mask.to(torch.uint8).contiguous()
             torch.distributed.broadcast(bits, source, group=group)
             record.mask.copy_(bits)
-            if record.dormant is not None:
-                values = record.dormant.contiguous()
+            if dormant is not None:
+                values = dormant.contiguous()
                 torch.distributed.broadcast(values, source, group=group)
-                record.dormant.copy_(values)
+                record.keep(values)
             weight.masked_fill_(~record.mask, 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,32 @@ from sparsefx.one_shot import OneShotMethod, find, solve
 from sparsefx.ops.split import split
 from sparsefx.passes.analyze_eligibility import Eligibility, Selection
 from sparsefx.patterns import GlobalUnstructured, Pattern, parse
+from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_parameter import SparseParameter
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class Choice(TypedDict, total=False):
+    """Which layers are to be masked, and how; see `sparsefx.sparsify`."""
+
+    pattern: str | Pattern
+    density: float | None
+    example_inputs: Any
+    include: Selection
+    exclude: Selection
+    eligibility: Eligibility | None
 
 
 def mask_once(
     model: Model,
     *,
-    pattern: str | Pattern = "2:4",
-    density: float | None = None,
     algorithm: str | OneShotMethod = "magnitude",
     calibration: Iterable[Any] | None = None,
-    example_inputs: Any = None,
-    include: Selection = None,
-    exclude: Selection = None,
-    eligibility: Eligibility | None = None,
+    **choice: Unpack[Choice],
 ) -> Model:
     """Set weights of the eligible layers to zero, in place and for good: `sparsefx.sparsify` and `sparsefx.finalize` in one,
     without a mask or a removed weight being kept.
@@ -42,7 +52,8 @@ def mask_once(
     With algorithm ``"wanda"`` or ``"sparsegpt"`` and calibration batches, that is the statistics of one block's inputs and what
     solving one layer takes. Their original weights wait in a temporary file, and are put back where a layer fails.
 
-    Arguments as for `sparsefx.sparsify`; ``"magnitude"`` removes the smallest weights. Returns the same object.
+    Arguments as for `sparsefx.sparsify`, with its defaults; ``"magnitude"`` removes the smallest weights. Returns the same
+    object.
 
     Raises:
         StateError: the model is sparsified already, sharded, or on the meta device.
@@ -52,23 +63,22 @@ def mask_once(
         PatternError, CaptureError: as for `sparsefx.sparsify`.
         NonFiniteError: a weight holds NaN or infinity.
     """
-    chosen = parse(pattern) if isinstance(pattern, str) else pattern
+    odd = sorted(choice.keys() - Choice.__annotations__.keys())
+    if odd:
+        raise TypeError(f"mask_once() got an unexpected keyword argument {odd[0]!r}")
     method = find(algorithm)
     if method is None and algorithm not in ("magnitude", "static"):
         raise OptionError(f"algorithm={algorithm!r} was given; expected 'magnitude', 'wanda' or 'sparsegpt'")
     if method is None and calibration is not None:
         raise OptionError("calibration was given, and masks by magnitude use none; leave it out, or pass algorithm='wanda'")
-    found = audit(
-        model,
-        pattern=chosen,
-        density=density,
-        example_inputs=example_inputs,
-        include=include,
-        exclude=exclude,
-        eligibility=eligibility,
-    )
+    if isinstance(model, nn.Module):
+        refuse_distributed(model, "mask_once")
+    found = audit(model, **choice)
     if has_records(model):
         raise StateError("mask_once was given a model that is sparsified already; call sparsefx.finalize(model) instead")
+    pattern = choice.get("pattern", "2:4")
+    chosen = parse(pattern) if isinstance(pattern, str) else pattern
+    density = chosen.resolve_density(choice.get("density"))
     if isinstance(chosen, GlobalUnstructured):
         raise OptionError(
             "mask_once was given pattern 'unstructured:global', whose one threshold needs all layers at once; use "
@@ -88,11 +98,10 @@ def mask_once(
     with torch.inference_mode(False), torch.no_grad():
         if method is not None:
             names = [row.parameter for row in rows]
-            share = chosen.resolve_density(density)
-            solve(model, names, pattern=chosen, density=share, method=method, calibration=calibration, keep_masks=False)
+            solve(model, names, pattern=chosen, density=density, method=method, calibration=calibration, keep_masks=False)
             return model
         for row in rows:
-            _mask(model.get_parameter(row.parameter).detach(), chosen, chosen.resolve_density(density), row.reduction_axis)
+            _mask(model.get_parameter(row.parameter).detach(), chosen, density, row.reduction_axis)
     return model
 
 

@@ -22,6 +22,7 @@ from sparsefx.model_record import has_records
 from sparsefx.narrow_modules import has_rows, heads_of, stand_in, with_attributes
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.pruning import apply_channel_plan, channel_plan
+from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_parameter import sparse_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -71,6 +72,7 @@ def small_baseline(
         OptionError: a number out of range.
         And what `channel_plan` raises.
     """
+    refuse_distributed(model, "small_baseline")
     if density is None:
         density = _used(model)
     expect_share("density", density)

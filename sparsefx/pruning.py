@@ -17,6 +17,7 @@ from sparsefx.errors import NonFiniteError, OptionError, StateError
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.channels.surgery import carry_out
 from sparsefx.passes.prune_channels import ChannelPlanner
+from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_parameter import sparse_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,7 +52,7 @@ def channel_plan(
     Raises:
         CaptureError: torch.export refuses the model.
         VerificationError: the model does not run in float64; or outputs differ, which is a bug in sparsefx.
-        StateError: the model is on the meta device.
+        StateError: the model is on the meta device, or sharded among processes.
         NonFiniteError: a weight holds NaN or infinity.
         OptionError: ``multiple`` is neither "auto" nor a positive number.
     """
@@ -81,7 +82,7 @@ def apply_channel_plan(model: Model, plan: ChannelPlan) -> Model:
     gets the same shapes: load the state_dict of the pruned model into it.
 
     Raises:
-        StateError: the plan does not fit the model.
+        StateError: the plan does not fit the model, or the model is sharded among processes.
     """
     _expect(model, "apply_channel_plan")
     pruned = copy.deepcopy(model)
@@ -150,6 +151,7 @@ def _expect(model: object, caller: str, multiple: int | str = "auto") -> None:
     whole = isinstance(multiple, int) and not isinstance(multiple, bool) and multiple >= 1
     if not whole and multiple != "auto":
         raise OptionError(f"multiple={multiple!r} was given to {caller}; expected 'auto' or a positive number such as 16")
+    refuse_distributed(model, caller)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter) or parameter.device.type == "meta":
             raise StateError(f"{caller} was given a model whose {name} has no values; load weights before pruning")

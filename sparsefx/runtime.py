@@ -216,7 +216,7 @@ class _OptimizerHooks:
             entry.name
             for entry in self.followed
             if not bool(torch.isfinite(entry.weight()).all())
-            or (entry.record.dormant is not None and not bool(torch.isfinite(entry.record.dormant).all()))
+            or (entry.record.compact is not None and not bool(torch.isfinite(entry.record.compact).all()))
         ]
         raise NonFiniteError(
             f"NaN or infinity in the weights of {', '.join(bad[:5]) or 'another process'} after optimizer step {self.step}: "
@@ -337,12 +337,12 @@ class MaskRuntime:
         parameters: dict[str, dict[str, Any]] = {}
         for hooks in self._hooks:
             for entry in hooks.followed:
-                record = entry.record
+                record, dormant = entry.record, entry.record.dormant
                 parameters[entry.name] = {
                     "pattern": record.pattern.name,
                     "density": record.density,
                     "mask": record.distributed(record.mask.clone()),
-                    "dormant": None if record.dormant is None else record.distributed(record.dormant.clone()),
+                    "dormant": None if dormant is None else record.distributed(dormant),
                     "state": {key: record.distributed(value.clone()) for key, value in record.state.items()},
                 }
         return {
@@ -375,15 +375,16 @@ class MaskRuntime:
             entry = entries[name]
             parameter = entry.weight()
             entry.record.follow(parameter)
-            if not entry.record.merged and entry.record.dormant is not None:
+            dormant = None if entry.record.merged else entry.record.dormant
+            if dormant is not None:
                 # What loading the model's state_dict could not let participate, the saved mask may.
-                parameter.copy_(torch.where(entry.record.mask, parameter, entry.record.dormant))
+                parameter.copy_(torch.where(entry.record.mask, parameter, dormant))
             entry.record.merged = False
             entry.record.density = saved["density"]
             entry.record.mask.copy_(saved["mask"])
             entry.record.threshold = None
-            if entry.record.dormant is not None:
-                entry.record.dormant.copy_(saved["dormant"])
+            if saved["dormant"] is not None:
+                entry.record.keep(saved["dormant"])
             for key, value in saved["state"].items():
                 entry.record.state[key].copy_(value)
             parameter.masked_fill_(~entry.record.mask, 0)

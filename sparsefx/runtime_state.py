@@ -43,7 +43,7 @@ def check_state(state: dict[str, Any], records: Mapping[str, SparseParameter], a
         shape, mask, dormant = tuple(record.mask.shape), saved["mask"], saved["dormant"]
         if not _is_plain(mask) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise refuse(f"another mask for {name}", f"bool {shape}", "use the same model")
-        if (dormant is None) != (record.dormant is None):
+        if (dormant is None) != (record.compact is None):
             raise refuse(f"other dormant values for {name}", "those of this algorithm", "sparsify with the same algorithm")
         if dormant is not None and not (_is_plain(dormant) and dormant.is_floating_point() and tuple(dormant.shape) == shape):
             raise refuse(f"other dormant values for {name}", f"{shape}", "use the same model")

@@ -7,10 +7,13 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from sparsefx.dormant_values import compact_of
 from sparsefx.errors import OptimizerError, StateError
 from sparsefx.patterns import Block, Channel, NOfM, Pattern, Transposable
 from sparsefx.shards import Shards, gather_among, is_distributed, shards_of
 from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
+
+ON_ONE_PROCESS = "do that on one process, with a model that a checkpoint is loaded into before (or without) fully_shard"
 
 
 def share_out(model: nn.Module) -> None:
@@ -34,8 +37,9 @@ def share_out(model: nn.Module) -> None:
         _expect_same_masks(record, shards, name)
         found.append((record, shards))
     for record, shards in found:
+        dormant = record.dormant
         record.mask = shards.part(record.mask)
-        record.dormant = None if record.dormant is None else shards.part(record.dormant)
+        record.compact = None if dormant is None else compact_of(shards.part(dormant), record.mask)
         record.state = {key: shards.part(value) if value.shape == shards.shape else value for key, value in record.state.items()}
         record.threshold = None
         record.shards = shards
@@ -87,7 +91,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def refuse_distributed(model: nn.Module, caller: str, remedy: str) -> None:
+def refuse_distributed(model: nn.Module, caller: str, remedy: str = ON_ONE_PROCESS) -> None:
     """Raise StateError where a parameter of the model is shared by processes."""
     for name, parameter in model.named_parameters():
         if is_distributed(parameter):

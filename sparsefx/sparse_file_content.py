@@ -35,10 +35,10 @@ def content_of(
     tensors, aliases, other = _weights(model)
     parameters: dict[str, Any] = {}
     for name, parameter, record in sparse_parameters(model):
-        mask, dormant = record.mask, record.dormant
+        mask = record.mask
+        dormant = parameter.detach() if record.merged and record.compact is not None else record.dormant
         if record.merged:  # after a step that raised: the weight holds the dormant values
             tensors[name] = plain_tensor(parameter.detach().masked_fill(~mask, 0), name)
-            dormant = None if dormant is None else parameter.detach()
         tensors[f"{OWN}mask/{name}"] = packed(plain_tensor(mask, f"the mask of {name}"))
         if dormant is not None:
             tensors[f"{OWN}dormant/{name}"] = plain_tensor(dormant[~mask], f"the dormant values of {name}")

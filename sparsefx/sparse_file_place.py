@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefx import checkpoint
+from sparsefx.dormant_values import compact_of
 from sparsefx.errors import OptionError
 from sparsefx.model_record import ModelRecord, forget, set_model_record
 from sparsefx.runtime import MaskRuntime
@@ -17,7 +18,7 @@ from sparsefx.sparse_file_content import algorithm_of, model_record_of, pattern_
 from sparsefx.sparse_file_read import SavedParameter
 from sparsefx.sparse_parameter import SparseParameter, add_record, sparse_parameters
 
-_MOVED = ("density", "target", "threshold", "merged", "left_out", "dormant")
+_MOVED = ("density", "target", "threshold", "merged", "left_out")
 
 
 @dataclass(eq=False)
@@ -55,13 +56,13 @@ class Plan:
         if models:
             for name, saved in parameters.items():
                 weight = model.get_parameter(name).detach()
-                dormant = None if saved.dormant is None else torch.empty_like(weight).copy_(saved.dormant)
+                mask = torch.empty_like(weight, dtype=torch.bool).copy_(saved.mask)
                 new[name] = SparseParameter(
                     pattern=pattern_of(saved.pattern),
                     density=saved.density,
                     reduction_axis=saved.reduction_axis,
-                    mask=torch.empty_like(weight, dtype=torch.bool).copy_(saved.mask),
-                    dormant=dormant,
+                    mask=mask,
+                    compact=None if saved.dormant is None else compact_of(saved.dormant.to(weight), mask),
                     algorithm=algorithm_of(saved.algorithm),
                     target=saved.target,
                 )
@@ -86,7 +87,7 @@ def place(model: nn.Module, plan: Plan, runtime: tuple[MaskRuntime, dict[str, An
         (
             record,
             record.mask.clone(),
-            None if record.dormant is None else record.dormant.clone(),
+            record.dormant,
             {k: getattr(record, k) for k in _MOVED},
         )
         for _, _, record in sparse_parameters(model)
@@ -119,8 +120,8 @@ def place(model: nn.Module, plan: Plan, runtime: tuple[MaskRuntime, dict[str, An
             record.mask.copy_(mask)
             for key, value in values.items():
                 setattr(record, key, value)
-            if record.dormant is not None and dormant is not None:
-                record.dormant.copy_(dormant)
+            if dormant is not None:
+                record.keep(dormant)
         if runtime is not None and runtime_before is not None:
             runtime[0].load_state_dict(runtime_before)
         if isinstance(error, (RuntimeError, ValueError, TypeError, KeyError)):
@@ -133,8 +134,4 @@ def _move(record: SparseParameter, weight: Tensor, saved: SavedParameter) -> Non
     record.follow(weight)
     record.mask.copy_(saved.mask)
     record.density, record.target, record.threshold, record.left_out = saved.density, saved.target, None, None
-    if record.dormant is not None:
-        if saved.dormant is None:
-            record.dormant.zero_()
-        else:
-            record.dormant.copy_(saved.dormant)
+    record.keep(torch.zeros_like(weight) if saved.dormant is None else saved.dormant)

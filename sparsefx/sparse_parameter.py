@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparsefx.dormant_values import compact_of, spread
 from sparsefx.errors import StateError
 from sparsefx.patterns.base import Pattern
 from sparsefx.shards import Shards
@@ -38,8 +39,8 @@ class SparseParameter:
         target: the density asked for, where an algorithm has yet to reach it.
         reduction_axis: 0 or 1; 2 for a stack of matrices.
         mask: bool, the parameter's shape, True where a weight participates. Moved in place while training.
-        dormant: the values n of the weights that do not participate, zero elsewhere, in the parameter's shape and
-            dtype; None where the algorithm keeps none.
+        compact: the values n of the weights that do not participate, in the parameter's dtype, as `sparsefx.dormant_values` keeps
+            them; None where the algorithm keeps none. `dormant` has them in their places.
         algorithm: that it was sparsified with; None where a mask was put there by hand.
         state: tensors that the algorithm keeps beside the weight.
         threshold: the last magnitude threshold, a hint for the next search that never changes its result.
@@ -55,7 +56,7 @@ class SparseParameter:
     density: float
     reduction_axis: int
     mask: Tensor
-    dormant: Tensor | None = None
+    compact: Tensor | None = None
     algorithm: Algorithm | None = None
     threshold: float | None = None
     merged: bool = False
@@ -70,13 +71,37 @@ class SparseParameter:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "runtime": None, "warning": None, "loading": None, "left_out": None}
 
+    @property
+    def dormant(self) -> Tensor | None:
+        """The values n of the weights that do not participate, zero elsewhere: a new tensor of the parameter's shape, dtype and
+        layout; None where the algorithm keeps none.
+
+        Raises:
+            StateError: the mask was changed without them.
+        """
+        return None if self.compact is None else spread(self.compact, self.mask)
+
+    def keep(self, values: Tensor) -> None:
+        """Let the dormant values, where there are any, become those of ``values`` (in the parameter's shape) that the mask leaves
+        out."""
+        if self.compact is not None:
+            self.compact = compact_of(values.to(self.compact.dtype), self.mask)
+
+    def make_room(self, count: int) -> None:
+        """Room for ``count`` dormant values, on the CPU; those that were there are gone where their number was another."""
+        if self.compact is not None and self.compact.numel() != count:
+            self.compact = torch.empty(count, dtype=self.compact.dtype)
+
     def follow(self, weight: Tensor) -> None:
         """Bring mask and dormant values to the weight's device, dtype and memory layout, where the user moved it."""
         if not _alongside(self.mask, weight):
+            dormant = self.dormant
             # The same tensor object, so that graphs that hold the mask stay in step.
             self.mask = _moved(self.mask, torch.empty_like(weight, dtype=torch.bool))
-        if self.dormant is not None and (not _alongside(self.dormant, weight) or self.dormant.dtype != weight.dtype):
-            self.dormant = torch.empty_like(weight, requires_grad=False).copy_(self.dormant)
+            if dormant is not None:
+                self.compact = compact_of(torch.empty_like(weight, requires_grad=False).copy_(dormant), self.mask)
+        elif self.compact is not None and self.compact.dtype != weight.dtype:
+            self.compact = self.compact.to(weight.dtype)
         for name, value in self.state.items():
             if value.device != weight.device:
                 self.state[name] = value.to(weight.device)
@@ -91,8 +116,7 @@ class SparseParameter:
         if not self.merged:
             return
         self.follow(weight)
-        if self.dormant is not None:
-            self.dormant.copy_(weight).masked_fill_(self.mask, 0)
+        self.keep(weight)
         weight.masked_fill_(~self.mask, 0)
         self.merged = False
 

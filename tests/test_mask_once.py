@@ -47,6 +47,8 @@ def test_what_is_refused_leaves_the_model_as_it_was() -> None:
         sparsefx.mask_once(small_net().to("meta"))
     with pytest.raises(StateError, match=r"call sparsefx\.finalize"):
         sparsefx.mask_once(sparsefx.sparsify(small_net()))
+    with pytest.raises(TypeError, match=r"mask_once\(\) got an unexpected keyword argument 'patern'"):
+        sparsefx.mask_once(net, patern="2:4")  # type: ignore[call-arg]
     assert all(torch.equal(value.nan_to_num(9), before[name].nan_to_num(9)) for name, value in net.state_dict().items())
 
 

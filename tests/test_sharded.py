@@ -121,7 +121,7 @@ def _runs(rank: int) -> list[str]:
 def test_what_cannot_be_decided_shard_by_shard_is_refused_with_the_reason(tmp_path: Path) -> None:
     for told in run_on(2, _refusals, tmp_path):
         assert [text for _, text, expected in told if expected not in text] == []
-        assert len(told) == 15
+        assert len(told) == 22
 
 
 def _refusals(rank: int) -> list[tuple[str, str, str]]:
@@ -164,6 +164,18 @@ def _refusals(rank: int) -> list[tuple[str, str, str]]:
     refused("save with torch.distributed.checkpoint", lambda: sparsefx.save(made(), "nowhere"))
     refused("load before fully_shard", lambda: sparsefx.load(made(), "nowhere"))
     refused("do that on one process", lambda: sparsefx.audit(made()))
+    example = torch.zeros(2, 16, dtype=torch.float64)
+    plan = sparsefx.channel_plan(net(), example, multiple=1)
+    for attempt in (
+        lambda: sparsefx.channel_plan(made(), example),
+        lambda: sparsefx.prune_channels(made(), example),
+        lambda: sparsefx.prune_channels_(made(), example),
+        lambda: sparsefx.apply_channel_plan(made(), plan),
+        lambda: sparsefx.channel_order(shard(net()), example),
+        lambda: sparsefx.small_baseline(made(), 0.5, example),
+        lambda: sparsefx.export_parts(made(), example, "nowhere"),
+    ):
+        refused("do that on one process", attempt)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = FullyShardedDataParallel(sparsefx.sparsify(net()), use_orig_params=True, device_id=torch.device("cpu"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sparsefx.dormant_values import compact_of
 from sparsefx.errors import OptimizerError, StateError
 from sparsefx.model_record import model_records, watch
 from sparsefx.passes.channels.plan import ChannelPlan
@@ -117,9 +118,10 @@ def _cut_record(module: nn.Module, local_name: str, axes: Mapping[int, Tensor]) 
     record = records_of(module).get(local_name)
     if record is None:
         return
+    dormant = record.dormant
     record.mask = cut(record.mask, axes)
-    if record.dormant is not None:
-        record.dormant = cut(record.dormant, axes)
+    if dormant is not None:
+        record.compact = compact_of(cut(dormant, axes), record.mask)
     record.threshold = None
     record.warning = None
 

@@ -31,8 +31,8 @@ class Parts:
     """What a method is composed of.
 
     Attributes:
-        drop: score of weights that participate; the smallest are dropped.
-        grow: score of all weights; of those that do not participate, the largest are grown.
+        drop: score of weights that participate; the smallest are dropped. It gives a new tensor, which is overwritten.
+        grow: score of all weights, likewise; of those that do not participate, the largest are grown.
         redistribute: a layer's share of all weights that are grown; ``"nonzero"`` takes the number of weights that it kept, and
             None lets each layer grow what it dropped.
         drop_within: ``"layer"``: the smallest of each; ``"all"``: the smallest of all layers.
@@ -243,6 +243,11 @@ def _counts(places: list[Places], parts: Parts, left: list[int]) -> list[int]:
     return allocate(sum(dropped), shares, [place.total - count for place, count in zip(places, left, strict=True)])
 
 
+def _own(score: Score) -> Score:
+    """The score as a new tensor, whatever a function of the user's gives."""
+    return lambda layer: score(layer).clone()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Composed(DropAndGrow):
     """A method of your own. Scores are functions of a `Layer`; `sparsefx.algorithms.scores` has the usual ones.
@@ -278,8 +283,8 @@ class Composed(DropAndGrow):
     @property
     def parts(self) -> Parts:
         return Parts(
-            self.drop,
-            self.grow,
+            _own(self.drop),
+            _own(self.grow),
             redistribute=self.redistribute,
             dense_moments=not self.masks_gradients,
             replaces_step=self.instead_of_step,

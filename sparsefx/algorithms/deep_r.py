@@ -92,7 +92,7 @@ class DeepR(Algorithm):
                 layer.set_mask(stays | piece.view(stays.shape))
         else:
             for layer, stays in zip(layers, kept, strict=True):
-                Places(layer).put(stays, None, layer.random(), clear_moments=True)
+                layer.set_mask(Places(layer).filled(stays, layer.random()))
         for layer, stays in zip(layers, kept, strict=True):
             grown = layer.mask & ~stays
             signs = torch.randint(0, 2, (int(grown.sum()),), generator=layer.run.generator) * 2 - 1

@@ -99,7 +99,8 @@ class Layer:
         if buffer is None and "exp_avg" in state:
             buffer = state["exp_avg"]
             if "exp_avg_sq" in state:
-                buffer = buffer / (state["exp_avg_sq"].sqrt() + 1e-8)
+                root = state["exp_avg_sq"].sqrt().add_(1e-8)
+                buffer = torch.div(buffer, root, out=root) if buffer.dtype == root.dtype else buffer / root
         if buffer is not None:
             return self._beside(torch.as_tensor(buffer), "its momentum")
         if state and not has_momentum(self.group):
@@ -144,8 +145,11 @@ class Layer:
             changed = mask != self.record.mask
             for value in self._moments():
                 value.masked_fill_(changed, 0)
+        dormant = self.record.dormant
         self.weight.masked_fill_(~(mask & self.record.mask), 0)
         self.record.mask.copy_(mask)
+        if dormant is not None:
+            self.record.keep(dormant)
         if density is not None:
             self.record.density = density
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.algorithms.layer import Layer
+from sparsefx.ops.select import picked
 from sparsefx.patterns.selection import summation_dtype
 from sparsefx.shards import totals
 
@@ -57,7 +58,6 @@ def mean_magnitude(layer: Layer) -> float:
 
 
 def _mean(layer: Layer, values: Tensor) -> float:
-    chosen, shards = values.abs()[layer.mask], layer.record.shards
-    wide = chosen.sum(dtype=summation_dtype(chosen))
-    total, count = totals([float(wide), float(chosen.numel())], [shards, shards])
+    chosen, shards = picked(values, layer.mask, dtype=summation_dtype(values)).abs_(), layer.record.shards
+    total, count = totals([float(chosen.sum()), float(chosen.numel())], [shards, shards])
     return total / count if count else float("nan")

@@ -52,7 +52,9 @@ class SRSTE(Algorithm):
 
 def decay_dormant(run: Run, layer: Layer, decay: float) -> None:
     """Add ``decay * w`` to the gradient of weights that do not participate, in place."""
-    dormant, scale = layer.record.dormant, run.loss_scale
+    record, scale = layer.record, run.loss_scale
+    # Inside a step the weight holds them.
+    dormant = layer.weight.masked_fill(record.mask, 0) if record.merged and record.compact is not None else record.dormant
     if dormant is not None:
         layer.gradient.add_(dormant if scale is None else dormant * scale, alpha=decay)
 

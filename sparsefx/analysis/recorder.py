@@ -174,7 +174,8 @@ def _followed(model: nn.Module) -> list[tuple[str, Tensor, SparseParameter | Non
 
 def _all_values(weight: Tensor, record: SparseParameter | None) -> Tensor:
     """Participating and dormant values together."""
-    return weight if record is None or record.dormant is None else weight + record.dormant
+    dormant = None if record is None else record.dormant
+    return weight if dormant is None else weight + dormant
 
 
 def _threshold(values: Tensor, density: float) -> float:

@@ -45,13 +45,16 @@ enum {
 #undef WORD
 #undef NAME
 #include "native_blocks.h"
+#include "native_compact.h"
 
 /* Both structures are written by native.py: 8-byte fields only. */
 typedef struct {
     void *weight;
     uint8_t *mask;
-    void *dormant;    /* or NULL; PENALIZE: all weights, read only, beside gradients in `weight` */
+    void *dormant;    /* the words that the mask leaves out, in the order of memory, or NULL; PENALIZE: all weights, read only, beside
+                         gradients in `weight` */
     uint8_t *reached; /* PENALIZE, and KEEP_MASK: which weights a step may change; NULL for all */
+    int64_t held;     /* how many words are dormant */
     int64_t count, format, kind;
     int64_t n, m, inner;                                   /* N_OF_M and blocks: words from one member to the next */
     int64_t slow_size, slow_stride, fast_size, transposed; /* blocks: the two axes by stride; transposed where axis 1 is slow */
@@ -77,6 +80,7 @@ typedef struct {
 
 typedef struct {
     int64_t job, start, stop; /* in units of the job's kind; job -1 - g is the whole of group g */
+    int64_t offset;           /* KEEP_MASK and MERGE: dormant words in front of it */
 } item_t;
 
 typedef struct {
@@ -102,6 +106,7 @@ typedef struct worker {
     work_t *work;
     uint32_t *histogram;
     uint8_t *scratch, *place;
+    uint64_t *values; /* room for a tile and SPARE */
     int64_t place_inner, place_m, above;
 } worker_t;
 
@@ -197,19 +202,50 @@ static void scale_dormant(work_t *work, const job_t *job, int64_t start, int64_t
     }
 }
 
-static void separate(work_t *work, const job_t *job, int64_t start, int64_t count)
+/* `offset`: dormant words in front of `start`. */
+static void separate(worker_t *worker, const job_t *job, int64_t start, int64_t count, int64_t offset)
 {
-    void *weight = at(job->weight, start, job->format);
-    void *dormant = job->dormant ? at(job->dormant, start, job->format) : NULL;
-    uint64_t worst;
     if (!job->write)
         return;
-    if (job->reached)
-        BY_SIZE(job->format, worst =, separate_reached, word, (word *)weight, job->mask + start, job->reached + start, (word *)dormant,
-                count)
-    else
-        BY_SIZE(job->format, worst =, separate, word, (word *)weight, job->mask + start, (word *)dormant, count)
-    look(work, job, worst);
+    for (int64_t stop = start + count; start < stop; start += TILE) {
+        int64_t length = stop - start < TILE ? stop - start : TILE, left;
+        void *weight = at(job->weight, start, job->format);
+        const uint8_t *mask = job->mask + start;
+        uint64_t worst;
+        if (job->dormant) {
+            BY_SIZE(job->format, left =, gather_fast, word, (const word *)weight, mask, (word *)worker->values, length)
+            memcpy(at(job->dormant, offset, job->format), worker->values, (size_t)(left * WORD_SIZE[job->format]));
+            offset += left;
+        }
+        if (job->dormant)
+            BY_SIZE(job->format, worst =, separate, word, (word *)weight, mask, length)
+        else
+            BY_SIZE(job->format, worst =, separate_if_needed, word, (word *)weight, mask, length)
+        look(worker->work, job, worst);
+    }
+}
+
+/* Dormant words of a piece, with spare ones behind them. */
+static const uint64_t *words_of(worker_t *worker, const job_t *job, int64_t count, int64_t offset)
+{
+    int64_t left = job->held - offset < count ? job->held - offset : count;
+    memcpy(worker->values, at(job->dormant, offset, job->format), (size_t)(left * WORD_SIZE[job->format]));
+    return worker->values;
+}
+
+static void merge(worker_t *worker, const job_t *job, int64_t start, int64_t count, int64_t offset)
+{
+    void *weight = at(job->weight, start, job->format);
+    const uint64_t *words = words_of(worker, job, count, offset);
+    BY_SIZE(job->format, , merge_fast, word, (word *)weight, job->mask + start, (const word *)words, count)
+}
+
+/* What a step may not have changed goes back to its dormant word. */
+static void restore(worker_t *worker, const job_t *job, int64_t start, int64_t count, int64_t offset)
+{
+    void *weight = at(job->weight, start, job->format);
+    const uint64_t *words = words_of(worker, job, count, offset);
+    BY_SIZE(job->format, , restore, word, (word *)weight, job->mask + start, job->reached + start, (const word *)words, count)
 }
 
 /* ---- N:M ---- */
@@ -248,7 +284,7 @@ static void n_of_m(worker_t *worker, const job_t *job, int64_t first, int64_t la
         BY_SIZE(job->format, , n_of_m_near, word, (const word *)weight, mask, place, count, job->inner, n, m, scratch,
                 scratch + TILE + NEAR_GROUP)
     }
-    separate(worker->work, job, start, count);
+    separate(worker, job, start, count, first * job->inner * (m - n));
 }
 
 /* ---- 2:4 transposable ---- */
@@ -277,7 +313,7 @@ static void blocks(worker_t *worker, const job_t *job, int64_t first, int64_t la
             four_rows_float64(job->weight, job->mask, rows, length, job->inner, transposed);
         }
         for (int i = 0; i < 4; i++)
-            separate(worker->work, job, rows[i], length);
+            separate(worker, job, rows[i], length, rows[i] / 2);
     }
 }
 
@@ -450,7 +486,7 @@ static void threshold_tile(worker_t *worker, int64_t j, int64_t start, int64_t s
     uint64_t threshold = worker->work->thresholds[j];
     if (cutoff >= 0)
         BY_SIZE(job->format, , over_threshold, word, (const word *)job->weight, job->mask, start, stop, (word)threshold, cutoff)
-    separate(worker->work, job, start, stop - start);
+    separate(worker, job, start, stop - start, 0);
 }
 
 static int64_t group_total(const work_t *work, const group_t *group)
@@ -545,6 +581,20 @@ static void shared_group(worker_t *worker, group_t *group)
 
 /* ---- items and threads ---- */
 
+/* How many weights a mask leaves out. */
+int64_t sparsefx_zeros(const uint8_t *mask, int64_t count)
+{
+    int64_t ones = 0;
+    for (int64_t start = 0; start < count; start += COUNTED) {
+        int64_t stop = start + COUNTED < count ? start + COUNTED : count;
+        uint16_t here = 0; /* at most COUNTED */
+        for (int64_t i = start; i < stop; i++)
+            here = (uint16_t)(here + mask[i]);
+        ones += (int64_t)here;
+    }
+    return count - ones;
+}
+
 static void run_item(worker_t *worker, const item_t *item)
 {
     work_t *work = worker->work;
@@ -556,9 +606,11 @@ static void run_item(worker_t *worker, const item_t *item)
     int64_t count = item->stop - item->start;
     switch (job->kind) {
     case KEEP_MASK:
+        if (job->reached)
+            restore(worker, job, item->start, count, item->offset);
         if (job->dormant) /* else what lies outside the mask is lost in any case */
             scale_dormant(work, job, item->start, count);
-        separate(work, job, item->start, count);
+        separate(worker, job, item->start, count, item->offset);
         break;
     case PENALIZE:
         penalize((float *)job->weight + item->start, (const float *)job->dormant + item->start, job->mask + item->start,
@@ -573,11 +625,8 @@ static void run_item(worker_t *worker, const item_t *item)
     case THRESHOLD:
         threshold_tile(worker, item->job, item->start, item->stop);
         break;
-    default: {
-        void *weight = at(job->weight, item->start, job->format);
-        const void *dormant = at(job->dormant, item->start, job->format);
-        BY_SIZE(job->format, , merge, word, (word *)weight, job->mask + item->start, (const word *)dormant, count)
-    }
+    default:
+        merge(worker, job, item->start, count, item->offset);
     }
 }
 
@@ -612,6 +661,17 @@ static void units_of(const job_t *job, int64_t *units, int64_t *step)
     *step = words < TILE ? TILE / words : 1;
 }
 
+/* Whether a job splits its weight into participating and dormant words. */
+static int splits(const job_t *job) { return job->dormant != NULL && job->write && job->kind != PENALIZE; }
+
+/* How many dormant words the masks of a job have by its kind alone; -1 where they have to be counted. */
+static int64_t known_dormant(const job_t *job)
+{
+    if (job->kind == N_OF_M)
+        return job->count / job->m * (job->m - job->n);
+    return job->kind == TWO_OF_FOUR_BLOCKS ? job->count / 2 : -1;
+}
+
 static int plan(work_t *work)
 {
     int64_t items = work->group_count, total = 0, units, step;
@@ -633,7 +693,7 @@ static int plan(work_t *work)
         if (work->threads > 1 && count >= PARALLEL_SELECTION && count * work->threads > total)
             work->large[work->large_count++] = g;
         else
-            *item++ = (item_t){-1 - g, 0, 0};
+            *item++ = (item_t){-1 - g, 0, 0, 0};
     }
     for (int64_t j = 0; j < work->job_count; j++) {
         const job_t *job = &work->jobs[j];
@@ -645,14 +705,23 @@ static int plan(work_t *work)
                 continue;
         }
         units_of(job, &units, &step);
-        for (int64_t start = 0; start < units; start += step)
-            *item++ = (item_t){j, start, start + step < units ? start + step : units};
+        int64_t known = known_dormant(job), offset = 0;
+        int counts = known < 0 && splits(job);
+        for (int64_t start = 0; start < units; start += step) {
+            int64_t stop = start + step < units ? start + step : units;
+            *item++ = (item_t){j, start, stop, offset};
+            if (counts)
+                offset += sparsefx_zeros(job->mask + start, stop - start);
+        }
+        if (splits(job) && job->held != (known < 0 ? offset : known))
+            return -2;
     }
     work->item_count = item - work->items;
     return 0;
 }
 
-/* Returns 1 where NaN or infinity was seen, 0 where not, -1 where memory was short (then nothing was changed). */
+/* Returns 1 where NaN or infinity was seen, 0 where not; where nothing was changed: -1 where memory was short, -2 where a
+ * weight has another number of dormant words than its mask leaves out. */
 int sparsefx_run(job_t *jobs, int64_t job_count, group_t *groups, int64_t group_count, int64_t threads)
 {
     enum { SCRATCH = 4 * (TILE + 2 * NEAR_GROUP) };
@@ -660,9 +729,12 @@ int sparsefx_run(job_t *jobs, int64_t job_count, group_t *groups, int64_t group_
     pthread_t *handles = malloc(sizeof *handles * (size_t)threads);
     worker_t *workers = calloc((size_t)threads, sizeof *workers);
     uint8_t *memory = malloc((size_t)threads * (sizeof(uint32_t) * BINS + SCRATCH + TILE + 2 * NEAR_GROUP));
+    uint64_t *values = malloc((size_t)threads * sizeof *values * (TILE + SPARE));
     int started = 1, result = -1;
     work.workers = workers;
-    if (handles && workers && memory && plan(&work) == 0) {
+    if (handles && workers && memory && values)
+        result = plan(&work);
+    if (result == 0) {
         pthread_mutex_init(&work.lock, NULL);
         pthread_cond_init(&work.changed, NULL);
         for (int64_t t = 0; t < threads; t++) {
@@ -670,6 +742,7 @@ int sparsefx_run(job_t *jobs, int64_t job_count, group_t *groups, int64_t group_
             workers[t].histogram = (uint32_t *)memory + t * BINS;
             workers[t].scratch = memory + threads * (int64_t)sizeof(uint32_t) * BINS + t * (SCRATCH + TILE + 2 * NEAR_GROUP);
             workers[t].place = workers[t].scratch + SCRATCH;
+            workers[t].values = values + t * (TILE + SPARE);
         }
         int64_t useful = work.large_count ? threads : work.item_count;
         while (started < threads && started < useful &&
@@ -692,6 +765,7 @@ int sparsefx_run(job_t *jobs, int64_t job_count, group_t *groups, int64_t group_
     free(work.thresholds);
     free(work.large);
     free(memory);
+    free(values);
     free(workers);
     free(handles);
     return result;

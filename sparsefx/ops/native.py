@@ -18,12 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sparsefx.dormant_values import MASK_CHANGED
+from sparsefx.errors import StateError
 from sparsefx.patterns.base import Pattern
 from sparsefx.patterns.n_of_m import NOfM
 from sparsefx.patterns.transposable import Transposable
 from sparsefx.sparse_parameter import SparseParameter
 
-_JOB = struct.Struct("4Q11q2d14q")
+_JOB = struct.Struct("4Q12q2d14q")
 _GROUP = struct.Struct("3q2d")
 _FORMATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _KEEP_MASK, _N_OF_M, _TWO_OF_FOUR_BLOCKS, _THRESHOLD, _MERGE, _PENALIZE = range(6)
@@ -72,6 +74,8 @@ def _library() -> ctypes.CDLL | None:
             # A library of another version of these sources would misread its input.
             if library.sparsefx_layout() != _JOB.size * 1000 + _GROUP.size:
                 continue
+            library.sparsefx_zeros.restype = ctypes.c_int64
+            library.sparsefx_zeros.argtypes = [ctypes.c_void_p, ctypes.c_int64]
             library.sparsefx_run.restype = ctypes.c_int
             library.sparsefx_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         except (OSError, AttributeError):
@@ -92,8 +96,8 @@ def describe() -> str:
     return "plain torch (the compiled extension sparsefx.ops._native was not built)"
 
 
-def supports(weight: Tensor, mask: Tensor, dormant: Tensor | None = None) -> bool:
-    """Whether the compiled kernels can work on this weight, its mask and its dormant values."""
+def supports(weight: Tensor, mask: Tensor, compact: Tensor | None = None) -> bool:
+    """Whether the compiled kernels can work on this weight, its mask and its dormant values (`SparseParameter.compact`)."""
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_cpu or weight.dtype not in _FORMATS:
         return False
     if weight.layout is not torch.strided or weight.is_neg():
@@ -101,8 +105,8 @@ def supports(weight: Tensor, mask: Tensor, dormant: Tensor | None = None) -> boo
     stride, shape = weight.stride(), weight.shape
     if not mask.is_cpu or mask.dtype is not torch.bool or mask.stride() != stride or mask.shape != shape:
         return False
-    if dormant is not None and (
-        not dormant.is_cpu or dormant.dtype is not weight.dtype or dormant.stride() != stride or dormant.is_neg()
+    if compact is not None and (
+        not compact.is_cpu or compact.dtype is not weight.dtype or compact.dim() != 1 or not compact.is_contiguous()
     ):
         return False
     return _dense(shape, stride)
@@ -158,11 +162,12 @@ class Batch:
         self._jobs: list[bytes] = []
         self._groups: list[tuple[Group, int]] = []
         self._changed: list[Tensor] = []
+        self._to_separate: list[tuple[Tensor, SparseParameter]] = []
         self._work = 0
 
     def merge(self, weight: Tensor, record: SparseParameter) -> None:
-        """Put ``record.dormant`` back."""
-        self._add(weight, record.mask, record.dormant, _MERGED, write=True, scale=1.0)
+        """Put the dormant values back."""
+        self._add(weight, record.mask, record.compact, _MERGED, write=True, scale=1.0)
 
     def keep(self, tensor: Tensor, mask: Tensor) -> None:
         """Make zero of what the mask leaves out."""
@@ -180,9 +185,12 @@ class Batch:
     ) -> None:
         """Choose the mask by `choice_of`, or leave it with ``KEEP``, and, with ``write``, split the weight.
 
-        With ``reached``, which wants dormant values, ``KEEP`` and scale 1, the others first go back to their dormant value.
+        With ``reached``, which wants dormant values, ``KEEP`` and scale 1, what is neither in the mask nor reached first goes
+        back to its dormant value.
         """
-        self._add(weight, record.mask, record.dormant, choice, write=write, scale=scale, reached=reached)
+        if record.compact is not None and write:
+            record.make_room(_left_out(weight, record.mask, choice))
+        self._add(weight, record.mask, record.compact, choice, write=write, scale=scale, reached=reached)
 
     def penalize(self, gradient: Tensor, weight: Tensor, mask: Tensor, reached: Tensor, scale: float, more: float) -> None:
         """``(gradient + scale * weight) + more * dormant`` where reached, else zero; float32, where `fuses_sums`."""
@@ -192,14 +200,18 @@ class Batch:
         """Choose the largest weights of a group, all of one dtype, and, with ``write``, split them."""
         self._groups.append((group, len(self._jobs)))
         for weight, record in zip(group.weights, group.records, strict=True):
+            # How many dormant values each weight has, and where they begin, is known when the group's threshold is.
+            later = write and record.compact is not None
+            if later:
+                self._to_separate.append((weight, record))
             group_number = len(self._groups) - 1
-            self._add(weight, record.mask, record.dormant, LARGEST, write=write, scale=scale, group=group_number)
+            self._add(weight, record.mask, None, LARGEST, write=write and not later, scale=scale, group=group_number)
 
     def _add(
         self,
         weight: Tensor,
         mask: Tensor,
-        dormant: Tensor | None,
+        compact: Tensor | None,
         choice: Choice,
         *,
         write: bool,
@@ -217,8 +229,9 @@ class Batch:
             _JOB.pack(
                 weight.data_ptr(),
                 mask.data_ptr(),
-                0 if dormant is None else dormant.data_ptr(),
+                0 if compact is None else compact.data_ptr(),
                 0 if reached is None else reached.data_ptr(),
+                0 if compact is None else compact.numel(),
                 count,
                 _FORMATS[weight.dtype],
                 *choice,
@@ -235,14 +248,15 @@ class Batch:
             self._changed.append(weight)
         if choice.kind not in (_MERGE, _KEEP_MASK, _PENALIZE):
             self._changed.append(mask)
-        if choice.kind not in (_MERGE, _PENALIZE) and dormant is not None and write:
-            self._changed.append(dormant)
+        if choice.kind not in (_MERGE, _PENALIZE) and compact is not None and write:
+            self._changed.append(compact)
 
     def run(self, threads: int | None = None) -> bool:
         """Do it all. Returns whether NaN or infinity was seen.
 
         Raises:
             MemoryError: there was none for the kernels' tables; nothing was changed.
+            StateError: a mask was changed without the dormant values beside it; nothing was changed.
         """
         if not self._jobs:
             return False
@@ -253,6 +267,8 @@ class Batch:
         wanted = torch.get_num_threads() if threads is None else threads
         used = max(1, min(wanted, self._work // _WEIGHTS_PER_THREAD)) if threads is None else wanted
         result = library.sparsefx_run(jobs, len(self._jobs), groups, len(self._groups), used)
+        if result == -2:
+            raise StateError(MASK_CHANGED)
         if result < 0:
             raise MemoryError("no memory for the tables of the mask kernels")
         # Autograd has to notice writes that it did not see.
@@ -261,7 +277,25 @@ class Batch:
             threshold = _GROUP.unpack_from(groups, position * _GROUP.size)[-1]
             for record in group.records:
                 record.threshold = None if math.isnan(threshold) else threshold
+        if self._to_separate:
+            rest = Batch()
+            for weight, record in self._to_separate:
+                rest.split(weight, record, KEEP)
+            result |= rest.run(threads)
         return bool(result)
+
+
+def _left_out(weight: Tensor, mask: Tensor, choice: Choice) -> int:
+    """How many weights the mask will leave out when it is chosen so."""
+    count = weight.numel()
+    if choice.kind == _N_OF_M:
+        return count // choice.m * (choice.m - choice.n)
+    if choice.kind == _TWO_OF_FOUR_BLOCKS:
+        return count // 2
+    library = _library()
+    assert library is not None
+    found: int = library.sparsefx_zeros(mask.data_ptr(), count)
+    return found
 
 
 def _pack_group(entry: tuple[Group, int]) -> bytes:

@@ -164,55 +164,69 @@ CLONES static void NAME(clear_dormant)(WORD *restrict weight, const uint8_t *res
         weight[i] &= (WORD)-(WORD)mask[i];
 }
 
-/* weight keeps the participating values, dormant (or nothing) gets the others; returns the largest magnitude seen. */
-CLONES static WORD NAME(separate)(WORD *restrict weight, const uint8_t *restrict mask, WORD *restrict dormant, int64_t count)
-{
-    WORD worst = 0;
-    if (dormant) {
-        for (int64_t i = 0; i < count; i++) {
-            WORD value = weight[i], keep = (WORD)-(WORD)mask[i], magnitude = value & MAGNITUDE;
-            worst = magnitude > worst ? magnitude : worst;
-            weight[i] = value & keep;
-            dormant[i] = value & (WORD)~keep;
-        }
-    } else {
-        /* Where nothing has moved outside the mask, as after most steps, memory is read and not written. */
-        for (int64_t start = 0; start < count; start += LOOKED_AT) {
-            int64_t stop = start + LOOKED_AT < count ? start + LOOKED_AT : count;
-            WORD outside = 0;
-            for (int64_t i = start; i < stop; i++) {
-                WORD value = weight[i], magnitude = value & MAGNITUDE;
-                worst = magnitude > worst ? magnitude : worst;
-                outside |= value & (WORD)((WORD)mask[i] - (WORD)1);
-            }
-            if (outside)
-                for (int64_t i = start; i < stop; i++)
-                    weight[i] &= (WORD)-(WORD)mask[i];
-        }
-    }
-    return worst;
-}
-
-/* The same where a step may change only the weights that were `reached`; the others have their value in `dormant`. */
-CLONES static WORD NAME(separate_reached)(WORD *restrict weight, const uint8_t *restrict mask, const uint8_t *restrict reached,
-                                          WORD *restrict dormant, int64_t count)
+/* weight keeps the participating values and zeros; returns the largest magnitude seen. */
+CLONES static WORD NAME(separate)(WORD *restrict weight, const uint8_t *restrict mask, int64_t count)
 {
     WORD worst = 0;
     for (int64_t i = 0; i < count; i++) {
-        WORD changed = (WORD)-(WORD)reached[i], keep = (WORD)-(WORD)mask[i];
-        WORD value = (WORD)((weight[i] & changed) | (dormant[i] & (WORD)~changed)), magnitude = value & MAGNITUDE;
+        WORD value = weight[i], magnitude = value & MAGNITUDE;
         worst = magnitude > worst ? magnitude : worst;
-        weight[i] = value & keep;
-        dormant[i] = value & (WORD)~keep;
+        weight[i] = value & (WORD)-(WORD)mask[i];
     }
     return worst;
 }
 
-CLONES static void NAME(merge)(WORD *restrict weight, const uint8_t *restrict mask, const WORD *restrict dormant, int64_t count)
+/* The same. Where nothing has moved outside the mask, as after most steps of a method without dormant values, memory is read and
+ * not written. */
+CLONES static WORD NAME(separate_if_needed)(WORD *restrict weight, const uint8_t *restrict mask, int64_t count)
 {
+    WORD worst = 0;
+    for (int64_t start = 0; start < count; start += LOOKED_AT) {
+        int64_t stop = start + LOOKED_AT < count ? start + LOOKED_AT : count;
+        WORD outside = 0;
+        for (int64_t i = start; i < stop; i++) {
+            WORD value = weight[i], magnitude = value & MAGNITUDE;
+            worst = magnitude > worst ? magnitude : worst;
+            outside |= value & (WORD)((WORD)mask[i] - (WORD)1);
+        }
+        if (outside)
+            for (int64_t i = start; i < stop; i++)
+                weight[i] &= (WORD)-(WORD)mask[i];
+    }
+    return worst;
+}
+
+/* The words that the mask leaves out, one after the other; returns how many. `to` has room for `count`. */
+static int64_t NAME(gather)(const WORD *restrict weight, const uint8_t *restrict mask, WORD *restrict to, int64_t count)
+{
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; i++) {
+        to[left] = weight[i];
+        left += mask[i] ^ 1;
+    }
+    return left;
+}
+
+/* Puts them back. Reads one word more than the mask leaves out. */
+static void NAME(merge)(WORD *restrict weight, const uint8_t *restrict mask, const WORD *restrict from, int64_t count)
+{
+    int64_t left = 0;
     for (int64_t i = 0; i < count; i++) {
         WORD keep = (WORD)-(WORD)mask[i];
-        weight[i] = (WORD)((weight[i] & keep) | (dormant[i] & (WORD)~keep));
+        weight[i] = (WORD)((weight[i] & keep) | (from[left] & (WORD)~keep));
+        left += mask[i] ^ 1;
+    }
+}
+
+/* Puts back those that a step may not have changed: neither in the mask nor reached. Reads one word more than the mask leaves out. */
+static void NAME(restore)(WORD *restrict weight, const uint8_t *restrict mask, const uint8_t *restrict reached,
+                          const WORD *restrict from, int64_t count)
+{
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; i++) {
+        WORD back = (WORD)((WORD)(mask[i] | reached[i]) - (WORD)1);
+        weight[i] = (WORD)((weight[i] & (WORD)~back) | (from[left] & back));
+        left += mask[i] ^ 1;
     }
 }
 

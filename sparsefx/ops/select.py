@@ -16,7 +16,8 @@ from sparsefx.patterns.unstructured import Unstructured
 from sparsefx.shards import Shards
 from sparsefx.sparse_parameter import SparseParameter
 
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_RANKED = (torch.float32, torch.float64)
+_PIECE = 1 << 14
 
 
 @torch.no_grad()
@@ -27,6 +28,7 @@ def largest_among(
     *,
     shards: Sequence[Shards | None] = (),
     compiled: bool = True,
+    overwrite: bool = False,
 ) -> list[Tensor]:
     """Exactly ``count`` largest scores of all tensors together, among the candidates only.
 
@@ -39,6 +41,7 @@ def largest_among(
         shards: how each tensor is cut among processes, which all call this together and together have that many candidates; empty
             where none is.
         compiled: False leaves everything to plain torch, with the same result.
+        overwrite: True lets the scores' memory be used, so that they have no meaning afterwards.
 
     Returns:
         One bool tensor a tensor of scores, in its shape and on its device.
@@ -50,7 +53,7 @@ def largest_among(
     if count == 0:
         return [torch.zeros_like(candidate) for candidate in candidates]
     if compiled and native.available() and all(_fits(score) for score in scores) and len({score.dtype for score in scores}) == 1:
-        return _compiled(scores, candidates, count)
+        return _compiled(scores, candidates, count, overwrite)
     device, dtype = scores[0].device, summation_dtype(scores[0])
     flat = torch.cat(
         [
@@ -63,25 +66,47 @@ def largest_among(
 
 
 def _fits(score: Tensor) -> bool:
-    return score.device.type == "cpu" and score.dtype in _BITS and score.is_contiguous()
+    return score.device.type == "cpu" and score.dtype in _RANKED and score.is_contiguous()
 
 
-def _compiled(scores: Sequence[Tensor], candidates: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The mask kernels compare magnitudes as bits: the next larger bits keep their order, and leave 0 to all that is no
-    candidate."""
-    shifted = [
-        score.clamp(0, torch.finfo(score.dtype).max)
-        .view(_BITS[score.dtype])
-        .add_(1)
-        .masked_fill_(~candidate, 0)
-        .view(score.dtype)
-        for score, candidate in zip(scores, candidates, strict=True)
-    ]
-    density = count / sum(score.numel() for score in scores)
-    pattern = Unstructured() if len(scores) == 1 else GlobalUnstructured()
-    records = [SparseParameter(pattern, density, 1, torch.empty_like(score, dtype=torch.bool)) for score in shifted]
-    rewire_masks(shifted, records)
-    return [record.mask for record in records]
+def _compiled(scores: Sequence[Tensor], candidates: Sequence[Tensor], count: int, overwrite: bool) -> list[Tensor]:
+    """The mask kernels choose among the candidates' scores alone, which take less memory than all."""
+    among = [picked(score, candidate, overwrite=overwrite) for score, candidate in zip(scores, candidates, strict=True)]
+    some = [values for values in among if len(values)]
+    for values in some:
+        values.clamp_(0, torch.finfo(values.dtype).max)
+    pattern = Unstructured() if len(some) == 1 else GlobalUnstructured()
+    density = count / sum(len(values) for values in some)
+    records = [SparseParameter(pattern, density, 1, torch.empty_like(values, dtype=torch.bool)) for values in some]
+    rewire_masks(some, records)
+    del among, some
+    chosen = [torch.zeros(candidate.shape, dtype=torch.bool) for candidate in candidates]
+    places = [(place, candidate) for place, candidate in zip(chosen, candidates, strict=True) if bool(candidate.any())]
+    for (place, candidate), record in zip(places, records, strict=True):
+        place.masked_scatter_(candidate, record.mask)
+    return chosen
+
+
+def picked(values: Tensor, places: Tensor, *, overwrite: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """``values[places]``, on the CPU without a temporary of the values' size.
+
+    Args:
+        values: any shape.
+        places: bool, in this shape.
+        overwrite: True lets the result stand in the values' own memory.
+        dtype: of the result, where that is a new tensor.
+    """
+    if values.device.type != "cpu" or not values.is_contiguous():
+        return values.masked_select(places).to(dtype or values.dtype)
+    flat, which = values.reshape(-1), places.reshape(-1)
+    # What is written in place never reaches what is still to be read.
+    found = flat if overwrite else torch.empty(int(which.count_nonzero()), dtype=dtype or values.dtype)
+    position = 0
+    for start in range(0, len(flat), _PIECE):
+        piece = flat[start : start + _PIECE].masked_select(which[start : start + _PIECE])
+        found[position : position + len(piece)] = piece
+        position += len(piece)
+    return found[:position]
 
 
 def random_among(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:

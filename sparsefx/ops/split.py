@@ -7,7 +7,6 @@ torch for everything else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,12 +37,14 @@ def merge(
     batch = native.Batch()
     compiled = compiled and native.available()
     for weight, record in zip(weights, records, strict=True):
-        if record.dormant is None:
+        if record.compact is None:
             continue
-        if compiled and native.supports(weight, record.mask, record.dormant):
+        if compiled and native.supports(weight, record.mask, record.compact):
             batch.merge(weight, record)
-        else:
-            weight.copy_(torch.where(record.mask, weight, record.dormant))
+            continue
+        dormant = record.dormant
+        assert dormant is not None
+        weight.copy_(torch.where(record.mask, weight, dormant))
     batch.run(threads)
 
 
@@ -61,10 +62,10 @@ def split(
 ) -> Tensor:
     """Choose masks and split weights into participating and dormant values, in place.
 
-    With ``reached``, weights outside of it first go back to their dormant value. Then the weights outside the mask that was used
-    are multiplied by ``dormant_scale``. Then, with ``rewire``, each record's mask becomes the best one for ``|weight|``. Then the
-    weight keeps the participating values, the record's dormant tensor (where it has one) gets the others, and both are +0.0
-    elsewhere.
+    With ``reached``, weights that neither participate nor are in it first go back to their dormant value. Then weights outside
+    the mask that was used are multiplied by ``dormant_scale``. Then, with ``rewire``, each record's mask becomes the best one for
+    ``|weight|``. Then the weight keeps the participating values and is +0.0 elsewhere, and the record (where it keeps dormant
+    values) gets the others.
 
     Args:
         weights: detached parameters, holding all values w.
@@ -90,12 +91,12 @@ def split(
         return torch.zeros((), dtype=torch.bool)
     wanted = [record.density for record in records] if densities is None else list(densities)
     if reached is not None and (rewire or dormant_scale != 1 or not compiled):
-        _restore(weights, records, reached, compiled=compiled)
+        _restore(weights, records, reached)
         reached = None
     batch = native.Batch()
     left = _gather(batch, weights, records, wanted, dormant_scale, rewire, reached) if compiled else list(range(len(weights)))
     if reached is not None:
-        _restore([weights[i] for i in left], [records[i] for i in left], [reached[i] for i in left], compiled=False)
+        _restore([weights[i] for i in left], [records[i] for i in left], [reached[i] for i in left])
     flags = [torch.tensor(batch.run(threads))] if len(left) < len(weights) else []
     rest = [weights[i] for i in left], [records[i] for i in left], [wanted[i] for i in left]
     flags += [_non_finite(weight) for weight in rest[0]]
@@ -205,7 +206,7 @@ def _gather(
             continue
         choice = native.choice_of(pattern, record.reduction_axis, tuple(weight.shape), weight.stride()) if rewire else native.KEEP
         mine = None if reached is None else reached[position]
-        if not native.supports(weight, record.mask, record.dormant) or not (mine is None or native.supports(weight, mine)):
+        if not native.supports(weight, record.mask, record.compact) or not (mine is None or native.supports(weight, mine)):
             left.append(position)
         elif choice is not None:
             batch.split(weight, record, choice, write=write, scale=_scale_first(weight, record, scale), reached=mine)
@@ -217,7 +218,7 @@ def _gather(
     for density, positions in together.items():
         group_weights, group_records = [weights[i] for i in positions], [records[i] for i in positions]
         if len({weight.dtype for weight in group_weights}) > 1 or not all(
-            native.supports(weight, record.mask, record.dormant) and native.can_select(weight)
+            native.supports(weight, record.mask, record.compact) and native.can_select(weight)
             for weight, record in zip(group_weights, group_records, strict=True)
         ):
             left += positions
@@ -237,10 +238,12 @@ def _scale_first(weight: Tensor, record: SparseParameter, scale: float) -> float
     return 1.0
 
 
-def _restore(weights: Sequence[Tensor], records: Sequence[SparseParameter], reached: Sequence[Tensor], *, compiled: bool) -> None:
-    """Give weights that were not reached their dormant value back."""
-    taken = [replace(record, mask=chosen) for record, chosen in zip(records, reached, strict=True)]
-    merge(weights, taken, compiled=compiled)
+def _restore(weights: Sequence[Tensor], records: Sequence[SparseParameter], reached: Sequence[Tensor]) -> None:
+    """Give weights that neither participate nor were reached their dormant value back."""
+    for weight, record, chosen in zip(weights, records, reached, strict=True):
+        dormant = record.dormant
+        assert dormant is not None
+        weight.copy_(torch.where(record.mask | chosen, weight, dormant))
 
 
 def _non_finite(weight: Tensor) -> Tensor:
@@ -280,6 +283,5 @@ def _choose(weights: Sequence[Tensor], records: Sequence[SparseParameter], densi
 
 
 def _separate(weight: Tensor, record: SparseParameter) -> None:
-    if record.dormant is not None:
-        record.dormant.copy_(weight).masked_fill_(record.mask, 0)
+    record.keep(weight)
     weight.masked_fill_(~record.mask, 0)

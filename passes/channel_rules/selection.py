@@ -57,6 +57,9 @@ def slice_(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -
         return propagation.refuse(node, "has a form without a rule")
     if value.labels.shape[axis] > 1:
         propagation.facts.views.append((module_path(node), value.labels))
+        if propagation.is_stored(node.args[0]):
+            # Positions, masks: how many of them are taken is the length of the example, and another input takes more.
+            propagation.labels.union(value.labels, value.labels.take([0], axis=axis))
     return made
 
 

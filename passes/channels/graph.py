@@ -14,26 +14,26 @@ from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError
 from sparsefx.passes.channels.value import Weight
 
-_VIEWS = frozenset(
+VIEWS = frozenset(
     (
         *(
-            "view",
-            "reshape",
-            "slice",
-            "select",
-            "narrow",
-            "permute",
-            "transpose",
-            "t",
-            "unsqueeze",
-            "squeeze",
-            "expand",
+            "alias",
+            "as_strided",
+            "chunk",
+            "contiguous",
+            "detach",
             "diagonal",
+            "expand",
+            "expand_as",
+            "flatten",
+            "getitem",
+            "movedim",
         ),
-        *("split", "split_with_sizes", "chunk", "unbind", "flatten", "unflatten", "alias", "detach", "view_as", "expand_as"),
-        *("swapaxes", "movedim", "swapdims", "unfold", "as_strided", "contiguous", "getitem"),
+        *("narrow", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t"),
+        *("transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as"),
     )
 )
+"""Ops whose result may share the memory of their first argument."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ def _seen_elsewhere(written: fx.Node, writer: fx.Node, position: dict[fx.Node, i
     reader = writer
     while True:
         # Views that were taken before the write see it, wherever they are read; so does a later reader.
-        if any(op_name(user) in _VIEWS or position[user] > position[writer] for user in written.users if user is not reader):
+        if any(op_name(user) in VIEWS or position[user] > position[writer] for user in written.users if user is not reader):
             return True
-        if written.op != "call_function" or op_name(written).removesuffix("_") not in _VIEWS:
+        if written.op != "call_function" or op_name(written).removesuffix("_") not in VIEWS:
             return False
         reader, above = written, written.args[0]
         if not isinstance(above, fx.Node):

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from sparsefx.passes.channels.facts import Blocks, Facts, Grid, Pin, Read
-from sparsefx.passes.channels.graph import ChannelGraph, module_path, op_name
+from sparsefx.passes.channels.graph import VIEWS, ChannelGraph, module_path, op_name
 from sparsefx.passes.channels.labels import PINNED, Integers, Labels
 from sparsefx.passes.channels.value import Value, Weight, nothing_known, unknown
 
@@ -131,6 +131,12 @@ class Propagation:
         if isinstance(given, Weight):
             return self._as_data(given)
         raise TypeError(f"a rule asked for a tensor and found {type(given).__name__}")
+
+    def is_stored(self, node: Any) -> bool:
+        """Whether what a node makes is a parameter, buffer or constant of the model, or a view of one."""
+        while isinstance(node, fx.Node) and op_name(node) in VIEWS and node.args:
+            node = node.args[0]
+        return isinstance(node, fx.Node) and isinstance(self._values.get(node), Weight)
 
     def _as_data(self, weight: Weight) -> Value:
         tensor = weight.tensor

@@ -392,3 +392,28 @@ def test_a_sum_over_channels_that_meet_places_of_others_keeps_them() -> None:
     small, _ = pruned(model, torch.randn(2, 3, 5))
     assert widths(small)["a.weight"][0] == 4
     assert widths(small)["b.weight"] == (5, 5)
+
+
+def test_positions_and_masks_are_not_cut_to_the_length_of_the_example() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+            self.places = nn.Parameter(torch.randn(1, 16, 8))
+            self.slopes = nn.Parameter(torch.rand(1, 16, 1))
+            self.register_buffer("seen", torch.ones(1, 16, 16).tril().bool())
+
+        def forward(self, x: Tensor) -> Tensor:
+            length = x.shape[1]
+            hidden = self.stem(x) * self.slopes[:, :length] + self.places.squeeze(0)[:length].unsqueeze(0)
+            scores = (hidden @ hidden.transpose(1, 2)).masked_fill(~self.seen[:, :length, :length], -1e9)
+            made: Tensor = self.second(torch.relu(self.first(torch.softmax(scores, -1) @ hidden)))
+            return made
+
+    model = Positions().eval()
+    empty(model.first.weight, 1, 4)
+    empty(model.first.bias, 1, 4)
+    small, _ = pruned(model, torch.randn(2, 8, 4))
+    assert small.first.out_features == 10  # type: ignore[union-attr]
+    longer = torch.randn(2, 16, 4)
+    torch.testing.assert_close(small(longer), model(longer))

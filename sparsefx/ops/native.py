@@ -121,7 +121,7 @@ def fuses_sums() -> bool:
     return bool((found == 2.0**-11 + 2.0**-24).all())
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def choice_of(pattern: Pattern, reduction_axis: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Choice | None:
     """How the kernels choose masks of this pattern on dense memory of this layout; None where they cannot."""
     if isinstance(pattern, NOfM) and pattern.m > 1:
@@ -144,7 +144,7 @@ def can_select(weight: Tensor) -> bool:
     return weight.is_contiguous() or weight.dim() <= _MAX_AXES
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether the elements fill their memory once, in whatever order of axes."""
     expected = 1

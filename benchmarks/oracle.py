@@ -169,36 +169,35 @@ class Oracle:
     def _split(self, name: str, wanted: Tensor) -> Probe:
         """Halve a layer's channels until each part reaches the same from each channel; a part's channels go together."""
         size = self._rows[name].stop - self._rows[name].start
-        tried_bits = False
         pending = [(torch.arange(size), wanted)]
         while pending:
             rows, wanted = pending.pop()
-            samples = rows[torch.tensor(sorted({0, len(rows) // 3, len(rows) - 1}))]
             found = []
-            for row in samples:
-                reached = (yield _mask(size, row)) & wanted
-                self._connect(name, row, reached)
+            for place in dict.fromkeys((0, len(rows) - 1, len(rows) // 3)):
+                reached = (yield _mask(size, rows[place])) & wanted
+                self._connect(name, rows[place], reached)
                 found.append(reached)
-            if len(samples) == len(rows):
-                continue
-            if all(torch.equal(reached, wanted) for reached in found):
+                if not torch.equal(reached, wanted):
+                    break
+            else:
                 self._connect(name, rows, wanted)
                 continue
-            if not tried_bits:
-                tried_bits = True
-                # Other layers may have stood in the way of numbers; this one alone may have them.
+            if len(rows) == 1:
+                continue
+            if int(found[-1].sum()) * len(rows) <= int(wanted.sum()):
+                # Others stood in the way of numbers, other layers or the rest of this one; these alone may have them.
                 unique, index = wanted.clone(), torch.zeros(self._count, dtype=torch.int64)
-                for bit in range(max(1, (size - 1).bit_length())):
-                    ones = yield (torch.arange(size) >> bit & 1) == 1
-                    zeros = yield (torch.arange(size) >> bit & 1) == 0
+                for bit in range((len(rows) - 1).bit_length()):
+                    ones = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 1])
+                    zeros = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 0])
                     unique &= ones ^ zeros
                     index += ones.long() << bit
-                self._pair(self._rows[name].start + index[unique], unique.nonzero().flatten())
+                self._pair(self._rows[name].start + rows[index[unique]], unique.nonzero().flatten())
                 wanted = wanted & ~unique
-                if wanted.any():
-                    pending.append((rows, wanted))
-                continue
-            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                if not wanted.any():
+                    continue
+            middle = _middle(int(rows[0]), int(rows[-1]))
+            for half in (rows[rows < middle], rows[rows >= middle]):
                 reached = (yield _mask(size, half)) & wanted
                 if reached.any():
                     pending.append((half, reached))
@@ -259,7 +258,7 @@ class Oracle:
             return made
 
         for call in self._calls:
-            run(exact, _double(call), note)
+            run(exact, _double(call), note, exact=True)
         constant = torch.ones(len(self._parent), dtype=torch.bool)
         for number, product in enumerate(self._products):
             first = self._targets[product.weight].start + product.columns.start
@@ -383,8 +382,8 @@ class Oracle:
             turned[..., chosen] = torch.randn(turned[..., chosen].shape, dtype=turned.dtype) * (1 + made.std(correction=0))
             return made
 
-        expected = run(exact, call, plain)
-        found = run(exact, call, noisy)
+        expected = run(exact, call, plain, exact=True)
+        found = run(exact, call, noisy, exact=True)
         self._runs += 4
         worst = 0.0
         for one, other in zip(found, expected, strict=True):
@@ -401,6 +400,15 @@ def _nonzero(weight: Tensor, product: Product) -> Tensor:
     """Which inputs (of its group) each output has a weight other than zero for; bool [K, C]."""
     moved = weight.movedim((product.out_axis, product.in_axis), (0, 1))
     return (moved.reshape(*moved.shape[:2], -1) != 0).any(2)
+
+
+def _middle(first: int, last: int) -> int:
+    """The roundest number of the middle half: heads and groups begin at such."""
+    low, high = first + max(1, (last - first) // 4), last - (last - first) // 4
+    step = 1 << (high - low + 1).bit_length()
+    while (found := -(-low // step) * step) > high:
+        step //= 2
+    return found
 
 
 def _mask(size: int, rows: Tensor) -> Tensor:

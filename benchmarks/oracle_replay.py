@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sparsefx.passes.channels.precision import Widening
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 LARGEST_RECORD = 3 * 2**30
@@ -111,13 +114,16 @@ def _by_channel(tensor: Tensor, axis: int) -> Tensor:
     return tensor.movedim(axis, 0).flatten(1)
 
 
-def run(model: nn.Module, call: Call, handle: Callable[..., Tensor]) -> list[Tensor]:
-    """The outputs of the model with its products given to ``handle(number, product, func, args, kwargs)``."""
+def run(model: nn.Module, call: Call, handle: Callable[..., Tensor], *, exact: bool = False) -> list[Tensor]:
+    """The outputs of the model with its products given to ``handle(number, product, func, args, kwargs)``.
+
+    ``exact`` for a model in float64: all of it is computed in float64, whatever its code asks for.
+    """
     torch.manual_seed(0)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), _Mode(model, handle):
+        with torch.no_grad(), Widening() if exact else nullcontext(), _Mode(model, handle):
             return [leaf.clone() for leaf in tree_leaves(model(*call[0], **call[1])) if isinstance(leaf, Tensor)]
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -125,7 +125,7 @@ def _examine_part(
         "removed": report.parameters - report.parameters_after,
         "operations": report.operations,
         "operations_after": report.operations_after,
-        "pinned": sorted({row.pinned for row in report.layers if row.pinned and row.empty})[:20],
+        "pinned": sorted({row.why for row in report.layers if row.why})[:20],
         "refused": list(report.refused),
         "oracle": _compared(model, inputs, others, plan, oracle_seconds),
     }

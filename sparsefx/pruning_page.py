@@ -41,7 +41,7 @@ def width_table(report: PruningReport) -> Markup:
             *(row.inputs, row.inputs_after, row.outputs, row.outputs_after, row.outputs_needed, row.empty),
             *(row.operations, row.operations_after),
         )
-        rows.append([row.weight, *(Cell(f"{number:,}", number) for number in numbers), row.pinned if row.empty else ""])
+        rows.append([row.weight, *(Cell(f"{number:,}", number) for number in numbers), row.why])
     return table(headers, rows, filterable=True)
 
 

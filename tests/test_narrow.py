@@ -87,7 +87,7 @@ def test_an_encoder_has_narrower_feed_forward_layers() -> None:
 
 
 def test_what_widths_cannot_do_is_refused_with_the_reason() -> None:
-    with pytest.raises(EligibilityError, match=r"at the nearest. Widths that stay: those of its inputs and outputs"):
+    with pytest.raises(EligibilityError, match=r"at the nearest. Widths that stay: it meets an input of the model"):
         sparsefx.small_baseline(encoder(), 0.1, TOKENS)
 
 

@@ -148,14 +148,12 @@ def elementwise(propagation: Propagation, node: fx.Node, arguments: dict[str, An
     ):
         return propagation.refuse(node, "was given lists of tensors")
     labels = meet(propagation, node, list(given.values()))
-    if labels is None:
-        return propagation.refuse(node, "meets channels along different axes")
     constant = _constant(node, arguments, given)
     return propagation.compressed(Value(shape_of(node), labels, constant))
 
 
-def meet(propagation: Propagation, node: fx.Node, operands: list[Value]) -> Integers | None:
-    """Labels of a result that has its operands' channels; None where they vary along axes of which none holds all others."""
+def meet(propagation: Propagation, node: fx.Node, operands: list[Value]) -> Integers:
+    """Labels of a result that has its operands' channels. Operands that vary along other axes than the others are pinned."""
     shape = shape_of(node)
     rank = len(shape)
     if not operands:
@@ -164,13 +162,16 @@ def meet(propagation: Propagation, node: fx.Node, operands: list[Value]) -> Inte
     # Among equals one that is not repeated: its labels are those of the whole result.
     leader = max(lifted, key=lambda operand: (len(operand.varying), sum(operand.shape)))
     axes = leader.varying
-    if any(not operand.varying <= axes for operand in lifted):
-        return None
     for operand in lifted:
         if operand is leader:
             continue
         repeated = {axis for axis in range(rank) if operand.shape[axis] == 1 and shape[axis] > 1}
-        if not repeated & axes:
+        if not operand.varying <= axes:
+            reason = f"{op_name(node)} meets channels along other axes"
+            propagation.pin(operand, reason, module_path(node))
+            if not axes <= repeated:
+                propagation.pin(leader, reason, module_path(node))
+        elif not repeated & axes:
             propagation.labels.union(leader.labels, operand.labels)
         elif axes <= repeated:
             propagation.pin(operand, f"{op_name(node)} broadcasts it over channels", module_path(node))
@@ -289,8 +290,6 @@ def prelu(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) ->
         sizes = tuple(slope.shape[0] if axis == 1 else 1 for axis in range(rank))
         shaped = Value(sizes, slope.labels.reshape(sizes), slope.constant.reshape(sizes))
         labels = meet(propagation, node, [value, shaped])
-        if labels is None:
-            return propagation.refuse(node, "meets channels along different axes")
         value = Value(value.shape, labels, value.constant)
     made = np.where(value.constant >= 0, value.constant + 0 * shaped.constant, value.constant * shaped.constant)
     return propagation.compressed(value.with_constant(made))

@@ -131,7 +131,6 @@ def expand_as(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
         return expand(propagation, node, arguments)
     # One element for all channels of the other: it is needed as it is, and the copies go where those channels go.
     labels = meet(propagation, node, [other, lifted])
-    assert labels is not None
     return Value(shape_of(node), labels, lifted.constant)
 
 

@@ -121,8 +121,6 @@ def layer_norm(propagation: Propagation, node: fx.Node, arguments: dict[str, Any
         if arguments.get(name) is not None:
             operands.append(propagation.value(arguments[name]))
     labels = meet(propagation, node, operands)
-    if labels is None:
-        return propagation.refuse(node, "meets channels along different axes")
     if arguments.get("weight") is not None:
         scale = propagation.value(arguments["weight"]).lifted(rank).constant
         shift = (

@@ -66,8 +66,6 @@ def baddbmm(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) 
         return product
     added = propagation.value(arguments["self"])
     labels = meet(propagation, node, [product, added])
-    if labels is None:
-        return propagation.refuse(node, "meets channels along different axes")
     return propagation.compressed(Value(shape_of(node), labels, nothing_known(3)))
 
 

@@ -85,8 +85,6 @@ def glu(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> A
     if value.labels.shape[axis] > 1:
         propagation.facts.views.append((module_path(node), value.labels))
     labels = meet(propagation, node, [left, gate])
-    if labels is None:
-        return propagation.refuse(node, "meets channels along different axes")
     made = left.constant / (1 + np.exp(-gate.constant))
     return propagation.compressed(Value(shape_of(node), labels, shrunk(np.where(left.constant == 0, 0.0, made))))
 
@@ -215,8 +213,6 @@ def scatter_part(propagation: Propagation, node: fx.Node, arguments: dict[str, A
     if part.labels.shape[axis] > 1:
         return propagation.refuse(node, "writes channels along another axis")
     labels = meet(propagation, node, [value, Value(value.shape, part.labels, part.constant)])
-    if labels is None:
-        return propagation.refuse(node, "meets channels along different axes")
     return propagation.compressed(Value(value.shape, labels, np.full((1,) * len(value.shape), np.nan)))
 
 

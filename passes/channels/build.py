@@ -16,6 +16,7 @@ from sparsefx.passes.channels.facts import Facts
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer
 from sparsefx.passes.channels.plan import ChannelPlan
+from sparsefx.passes.channels.reasons import Reasons
 from sparsefx.passes.channels.report import LayerWidths, PruningReport
 from sparsefx.passes.channels.solve import Solution
 
@@ -153,7 +154,7 @@ def _report(
     for name, number in facts.work:
         places[name] = places.get(name, 0) + number
     by_name = {layer.read.weight.name: layer for layer in layers}
-    why = _reasons(facts, solution)
+    reasons = Reasons(facts, layers, solution, unrounded)
     rows, nonzero = [], 0
     for name, number in places.items():
         tensor = model.get_parameter(name) if name in sizes else model.get_buffer(name)
@@ -162,10 +163,10 @@ def _report(
         layer = by_name.get(name)
         if layer is None:  # depthwise: outputs are inputs
             labels = solution.roots[facts.axes[name, 0]]
-            into, lost, empty = labels, 0, int((tensor.detach() == 0).flatten(1).all(1).sum())
+            into, lost, empty = labels, 0, np.asarray((tensor.detach() == 0).flatten(1).all(1).cpu())
         else:
             labels, into = layer.out, layer.into
-            lost, empty = int(lost_constants(solution, layer).sum()), int((~layer.used.any(axis=1)).sum())
+            lost, empty = int(lost_constants(solution, layer).sum()), np.asarray(~layer.used.any(axis=1))
         rows.append(
             LayerWidths(
                 weight=name,
@@ -174,11 +175,12 @@ def _report(
                 inputs_after=int(solution.stays[into].sum()),
                 outputs_after=int(solution.stays[labels].sum()),
                 outputs_needed=int(unrounded.stays[labels].sum()),
-                empty=empty,
+                empty=int(empty.sum()),
                 folded=lost,
                 operations=size * number,
                 operations_after=left * number,
-                pinned="; ".join(sorted({why[label] for label in labels.tolist() if label in why})),
+                pinned=reasons.pinned(labels),
+                coupled=reasons.coupled(labels[empty]),
             )
         )
     return PruningReport(
@@ -193,13 +195,3 @@ def _report(
         multiple=multiple,
         operations_nonzero=nonzero,
     )
-
-
-def _reasons(facts: Facts, solution: Solution) -> dict[int, str]:
-    """Why classes are pinned, by root: the first reason that was met."""
-    found: dict[int, str] = {}
-    for pin in facts.pins:
-        for label in np.unique(solution.roots[pin.labels]).tolist():
-            if label and label not in found:
-                found[label] = f"{pin.reason} ({pin.where})" if pin.where else pin.reason
-    return found

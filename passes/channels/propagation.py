@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from sparsefx.passes.channels.facts import Blocks, Facts, Grid, Pin, Read
 from sparsefx.passes.channels.graph import VIEWS, ChannelGraph, module_path, op_name
 from sparsefx.passes.channels.labels import PINNED, Integers, Labels
-from sparsefx.passes.channels.value import Value, Weight, nothing_known, unknown
+from sparsefx.passes.channels.value import Value, Weight, nothing_known
 
 # A parameter with more elements, used element by element, is pinned: it is a weight that code computes with.
 _LARGEST_ELEMENTWISE = 2**21
@@ -41,7 +41,7 @@ class Propagation:
         self.training = captured.training
         for node in captured.graph.nodes:
             if node.op == "placeholder":
-                self._values[node] = captured.weights.get(node.name) or _unknown_of(node)
+                self._values[node] = captured.weights.get(node.name) or self.unknown_of(node, "it meets an input of the model")
                 if node.name in captured.weights:
                     name = captured.weights[node.name].name
                     key = (name, self.training)
@@ -53,7 +53,7 @@ class Propagation:
                     if source.name in captured.outputs:
                         self.pin_node(source, "it is an output of the model", "")
             else:
-                self._values[node] = _unknown_of(node)
+                self._values[node] = self.unknown_of(node, "it is computed by a graph of its own")
             if progress is not None:
                 progress(1)
 
@@ -82,12 +82,25 @@ class Propagation:
 
     def refuse(self, node: fx.Node, why: str) -> Any:
         """Pin everything that the node reads; what it makes is unknown."""
-        self.pin_all(node, f"{op_name(node)} {why}")
-        return _unknown_of(node)
+        reason = f"{op_name(node)} {why}"
+        self.pin_all(node, reason)
+        return self.unknown_of(node, reason)
 
-    def unknown_of(self, node: fx.Node) -> Any:
-        """What can be anything and cannot be removed, in the structure of what the node makes."""
-        return _unknown_of(node)
+    def unknown_of(self, node: fx.Node, reason: str) -> Any:
+        """What can be anything and cannot be removed, in the structure of what the node makes.
+
+        Its one label is pinned for this reason, which is then also that of all channels that meet it.
+        """
+        label = self.labels.fresh(1)
+        self.pin_labels(label, reason, module_path(node))
+
+        def made(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            rank = leaf.dim()
+            return Value(tuple(int(size) for size in leaf.shape), label.reshape((1,) * rank), nothing_known(rank))
+
+        return tree_map(made, node.meta.get("val"))
 
     def pin_all(self, node: fx.Node, reason: str) -> None:
         """Pin the channels of every input of a node."""
@@ -220,12 +233,6 @@ class Propagation:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of the tensor that a node makes."""
     return tuple(int(size) for size in node.meta["val"].shape)
-
-
-def _unknown_of(node: fx.Node) -> Any:
-    """Unknown values in the structure of what a node makes."""
-    made = node.meta.get("val")
-    return tree_map(lambda leaf: unknown(tuple(int(size) for size in leaf.shape)) if isinstance(leaf, Tensor) else leaf, made)
 
 
 def _leaves(value: Any) -> list[Value | Weight]:

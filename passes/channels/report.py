@@ -24,6 +24,7 @@ class LayerWidths:
         folded: constant inputs that went into a bias, a running mean or another channel.
         operations, operations_after: multiply-adds of all calls in one forward pass of the example inputs.
         pinned: why some of its outputs have to stay whoever reads them; empty where nothing but readers keeps them.
+        coupled: why empty outputs stay that nothing pins: who reads what they go with, or what has to be equally large.
     """
 
     weight: str
@@ -37,6 +38,12 @@ class LayerWidths:
     operations: int
     operations_after: int
     pinned: str = ""
+    coupled: str = ""
+
+    @property
+    def why(self) -> str:
+        """Why empty outputs stay; no text where all of them go."""
+        return "; ".join(filter(None, (self.pinned, self.coupled))) if self.empty else ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class PruningReport:
                 str(row.outputs_needed),
                 str(row.empty) if row.empty else "",
                 _change(row.operations, row.operations_after),
-                row.pinned if row.empty else "",
+                row.why,
             )
         return table
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsefx.passes.channels.labels import PINNED, Integers
+from sparsefx.passes.channels.labels import Integers
 
 Floats = NDArray[np.float64]
 Numbers = TypeVar("Numbers", Integers, Floats)
@@ -80,11 +80,6 @@ class Weight:
 def nothing_known(rank: int) -> Floats:
     """The constant of a tensor of which no element is known."""
     return np.full((1,) * rank, np.nan)
-
-
-def unknown(shape: tuple[int, ...]) -> Value:
-    """A tensor whose elements can be anything and cannot be removed."""
-    return Value(shape, np.full((1,) * len(shape), PINNED, dtype=np.int64), nothing_known(len(shape)))
 
 
 def shrunk(constant: Floats) -> Floats:

@@ -1,9 +1,10 @@
 """Claim: the empty channels of sparsely trained nets become a smaller, faster net that names every image as before.
 
-A pretrained CIFAR-10 ResNet is fine-tuned with whole filters left out (pattern ``channel``, widths aimed at steps of 16) and with
-5 % of its weights (sparse momentum). Shown for each: channels that are empty, widths, parameters and operations before and after,
-accuracy on the 1 000 test images before and after, to the last digit, on how many images the two agree, and times in torch and
-onnxruntime beside the bounds that are estimated elsewhere (density; share of channels that are empty).
+A pretrained CIFAR-10 ResNet is fine-tuned with whole filters left out (pattern ``channel``, each layer for itself, widths aimed
+at steps of 16; and ``channel:coupled``, filters that are added up together), and with 5 % of its weights (sparse momentum). Shown
+for each: channels that are empty, widths, parameters and operations before and after, accuracy on the 1 000 test images before
+and after, to the last digit, on how many images the two agree, and times in torch and onnxruntime beside the bounds that are
+estimated elsewhere (density; share of channels that are empty).
 
     python benchmarks/cifar10_channels.py --data FOLDER [--depth 20] [--steps 300] [--out runs/cifar10_channels]
 
@@ -36,6 +37,7 @@ from sparsefx.pruning_speed import measure_speed, speed_lines
 BATCH, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, SEED = 64, 0.03, 0.9, 5e-4, 0
 VARIANTS: dict[str, dict[str, Any]] = {
     "channel": {"pattern": "channel", "density": 0.5, "densities": "steps"},
+    "coupled": {"pattern": "channel:coupled", "density": 0.5},
     "weights": {"pattern": "unstructured", "density": 0.05, "algorithm": SparseMomentum(first="magnitude")},
 }
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsefx.capture import capture
+from sparsefx.capture.arguments import split_arguments
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import OptionError
+from sparsefx.passes.couple_channels import couple_channels
 from sparsefx.passes.eligibility import Candidate, Eligibility
 from sparsefx.passes.language_models import embedding_parameters, final_layers, heads, outside_blocks, vocabulary_sizes
 from sparsefx.passes.layer_weights import LayerWeight, layer_weights
 from sparsefx.passes.select_layers import Selection, Selector, select
 from sparsefx.passes.tensor_cores import tensor_core_refusal
 from sparsefx.patterns.base import Pattern
+from sparsefx.patterns.coupled_channel import Coupled, CoupledChannel
 from sparsefx.program import Program, Rung
 from sparsefx.report import LayerReport
 from sparsefx.sparse_parameter import empty_channels, sparse_parameters
@@ -34,11 +37,13 @@ class Analysis:
         unseen: parameters that look like weights, belong to no known layer and were read by no call that was seen;
             ``example_inputs`` would show what reads them.
         program: the captured model.
+        coupled: for pattern ``channel:coupled``, the channels of each weight that is to be sparse, by full name.
     """
 
     layers: tuple[LayerReport, ...]
     unseen: tuple[str, ...]
     program: Program
+    coupled: Mapping[str, Coupled] = field(default_factory=dict)
 
 
 def analyze(
@@ -73,7 +78,8 @@ def analyze(
         raise OptionError(f"analyze was given pattern {pattern!r}; expected a Pattern, from sparsefx.patterns.parse")
     density = pattern.resolve_density(density)
     program = capture(model, example_inputs)
-    return analyze_program(program, pattern=pattern, density=density, eligibility=eligibility, include=include, exclude=exclude)
+    found = analyze_program(program, pattern=pattern, density=density, eligibility=eligibility, include=include, exclude=exclude)
+    return _coupled(found, example_inputs, density) if isinstance(pattern, CoupledChannel) else found
 
 
 def analyze_program(
@@ -118,6 +124,27 @@ def analyze_program(
                 reason = "" if refused is None else f"pattern {pattern.name!r} cannot be had: {refused}"
         layers.append(_row(program, weight, reason, "" if reason else pattern.name, 1.0 if reason else density))
     return Analysis(layers=tuple(layers), unseen=_unseen(program, weights), program=program)
+
+
+def _coupled(found: Analysis, example_inputs: Any, density: float) -> Analysis:
+    """What of it stays sparse where channels have to go together; a model that has masks already keeps its rows."""
+    model = found.program.model
+    axes = {row.parameter: row.reduction_axis for row in found.layers if row.sparse}
+    if not axes or any(True for _ in sparse_parameters(model)):
+        return found
+    if example_inputs is None:
+        raise OptionError(
+            "pattern 'channel:coupled' was given without example_inputs; which filters go together is read off the model's "
+            "graph: pass inputs that the model accepts, or use pattern 'channel'"
+        )
+    coupling = couple_channels(model, *split_arguments(example_inputs), axes, density)
+    rows = tuple(
+        replace(row, sparse=False, reason=coupling.reasons[row.parameter], pattern="", density=1.0)
+        if row.sparse and row.parameter in coupling.reasons
+        else row
+        for row in found.layers
+    )
+    return replace(found, layers=rows, coupled=coupling.members)
 
 
 def _all_names(program: Program, weights: list[LayerWeight]) -> dict[str, tuple[str, ...]]:

@@ -84,6 +84,7 @@ class ChannelPlanner:
         self._layers: list[Layer] = merge_reads(model, self._propagation, self._roots, trains=trains)
         self._patterns = [(layer, pattern) for layer in self._layers if (pattern := pattern_of(model, layer)) is not None]
         self._whole: list[_Group] = []
+        self._shapes = ShapeTrial(model, self._arguments, self._modes)
 
     def _graphs(self, trains: bool) -> list[ChannelGraph]:
         graphs = [capture_channels(self._model, *self._arguments)]
@@ -99,19 +100,22 @@ class ChannelPlanner:
                 self._told["train mode"] = _unread_told(unread, error)
         return graphs
 
+    def shaped_plan(self) -> ChannelPlan:
+        """The largest cut with which the model runs; values are not compared."""
+        self._progress("running the smaller model")
+        return self._settled(self._shapes.failure)
+
     def plan(self) -> ChannelPlan:
         """The largest cut that leaves every output as it is.
 
         Raises:
             VerificationError: outputs differ although every group of which the model's code may hold the number was kept whole.
         """
-        self._progress("running the smaller model")
-        shapes = ShapeTrial(self._model, self._arguments, self._modes)
-        plan = self._settled(shapes.failure)
+        plan = self.shaped_plan()
         if plan.empty:
             return plan
         self._progress("comparing in float64")
-        values = ValueTrial(self._model, self._arguments, self._seed)
+        shapes, values = self._shapes, ValueTrial(self._model, self._arguments, self._seed)
         differences: list[float] = []
 
         def differs(candidate: ChannelPlan) -> Failure | None:

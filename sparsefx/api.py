@@ -131,6 +131,7 @@ def sparsify(
             loss_fn=loss_fn,
             generator=generator,
             example_inputs=example_inputs,
+            coupled=analysis.coupled,
         )
         weights = [model.get_parameter(row.parameter).detach() for row in rows]
         beside = [
@@ -147,6 +148,7 @@ def sparsify(
                 # A one-shot method has masked the weights already, and has its own way back.
                 compact=None if method.one_shot is not None else compact_of(weight, mask),
                 algorithm=moves,
+                coupled=analysis.coupled.get(row.parameter),
             )
             for row, weight, mask, share in zip(rows, weights, beside, first.densities, strict=True)
         ]

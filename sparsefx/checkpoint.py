@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefx.coupled_records import couple_loaded
 from sparsefx.dormant_values import compact_of
 from sparsefx.loaded_densities import keep_whole
 from sparsefx.ops.masks_of_shards import choose_of_shards
@@ -73,6 +74,9 @@ def _leaves_out(mask: Tensor, weight: Tensor, record: SparseParameter) -> bool:
 def _mask_for(record: SparseParameter, weight: Tensor) -> Tensor:
     if isinstance(record.pattern, GlobalUnstructured):
         return weight != 0  # the threshold is one over all layers: it is found when all are loaded
+    if record.coupled is not None:  # likewise: whole filters of what was loaded
+        others = [axis for axis in range(weight.dim()) if axis != 1 - record.reduction_axis]
+        return (weight != 0).any(dim=others, keepdim=True).expand_as(weight)
     # The non-zeros of a sparse checkpoint stay, however small they are beside the others.
     whole = _best(record, (weight != 0).to(torch.float32))
     return whole if not _leaves_out(whole, weight, record) else _best(record, weight)
@@ -119,6 +123,7 @@ def _after_loading_all(model: nn.Module, incompatible_keys: Any) -> None:
     for _, record in records:
         record.left_out = None
     cut_to_one_threshold(records)
+    couple_loaded([weight for weight, _ in records], [record for _, record in records])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsefx.algorithms.allocate import allocate, none_empty
 from sparsefx.errors import OptionError
 from sparsefx.machine import machine_multiple
-from sparsefx.patterns import Channel, GlobalUnstructured, Pattern
+from sparsefx.patterns import Channel, CoupledChannel, GlobalUnstructured, Pattern
 from sparsefx.patterns.selection import largest, participating
 from sparsefx.patterns.units import unit_scores, weights_per_unit
 from sparsefx.step_densities import step_densities
@@ -60,6 +60,11 @@ def layer_densities(wanted: Densities, density: float, pattern: Pattern, layers:
                 "layers; leave it out, or use pattern 'unstructured'"
             )
         return [density] * len(layers)
+    if isinstance(pattern, CoupledChannel) and wanted != "uniform":
+        raise OptionError(
+            f"densities={wanted!r} was given for pattern 'channel:coupled', where layers lose channels together; leave it out, "
+            "or use pattern 'channel'"
+        )
     if isinstance(wanted, Mapping):
         return _named(wanted, density, pattern, layers)
     if wanted == "uniform":

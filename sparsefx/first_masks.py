@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,8 @@ from sparsefx.capture.state import unchanged
 from sparsefx.densities import Candidate, Densities, layer_densities
 from sparsefx.errors import OptionError
 from sparsefx.one_shot import OneShotMethod
-from sparsefx.patterns import GlobalUnstructured, Pattern
+from sparsefx.patterns import CoupledChannel, GlobalUnstructured, Pattern
+from sparsefx.patterns.coupled_channel import Coupled
 from sparsefx.report import LayerReport
 
 
@@ -60,6 +61,8 @@ def method_of(
 ) -> Method:
     """The method that a user named. Raises OptionError where there is none, or where it does not go with the other arguments."""
     calibrated = one_shot.find(algorithm)
+    if isinstance(pattern, CoupledChannel):
+        _expect_joint_choice(algorithm, calibrated)
     if isinstance(algorithm, OneShotMethod) or calibrated is not None:
         if densities is not None:
             raise OptionError(f"densities were given, and algorithm {algorithm!r} gives each layer the same; leave them out")
@@ -74,6 +77,18 @@ def method_of(
     return Method(method, None)
 
 
+def _expect_joint_choice(algorithm: str | Algorithm | OneShotMethod, calibrated: OneShotMethod | None) -> None:
+    """Raise OptionError for a method that looks at one layer after another."""
+    method = None if isinstance(algorithm, OneShotMethod) or calibrated is not None else algorithms.find(algorithm)
+    if method is None or not method.chooses_together:
+        name = algorithm if isinstance(algorithm, str) else getattr(algorithm, "name", type(algorithm).__name__)
+        able = [one.name for one in algorithms.ALGORITHMS if one.chooses_together and one.refusal(CoupledChannel()) is None]
+        raise OptionError(
+            f"algorithm {name!r} cannot be used with pattern 'channel:coupled': it chooses the channels of each layer for "
+            f"itself; use {', '.join(able)}, or pattern 'channel'"
+        )
+
+
 def first_masks(
     model: nn.Module,
     rows: Sequence[LayerReport],
@@ -86,8 +101,12 @@ def first_masks(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None,
     generator: torch.Generator | None,
     example_inputs: Any,
+    coupled: Mapping[str, Coupled],
 ) -> FirstMasks:
-    """Choose; see `sparsefx.sparsify` for the arguments. Only a one-shot method changes weights, and ``undo`` puts them back."""
+    """Choose; see `sparsefx.sparsify` for the arguments, and `sparsefx.passes.analyze_eligibility.Analysis` for ``coupled``.
+
+    Only a one-shot method changes weights, and ``undo`` puts them back.
+    """
     names = [row.parameter for row in rows]
     if method.one_shot is not None:
         solution = one_shot.solve(model, names, pattern=pattern, density=density, method=method.one_shot, calibration=calibration)
@@ -112,10 +131,16 @@ def first_masks(
     ]
     shares = layer_densities(wanted, density, pattern, candidates)
     first = [algorithm.first_density(share) for share in shares]
-    return FirstMasks(_masks(pattern, first, candidates), shares, lambda: None)
+    return FirstMasks(_masks(pattern, first, candidates, [coupled.get(name) for name in names]), shares, lambda: None)
 
 
-def _masks(pattern: Pattern, shares: Sequence[float], layers: Sequence[Candidate]) -> list[Tensor]:
+def _masks(
+    pattern: Pattern, shares: Sequence[float], layers: Sequence[Candidate], coupled: Sequence[Coupled | None]
+) -> list[Tensor]:
+    members = [member for member in coupled if member is not None]
+    if isinstance(pattern, CoupledChannel) and members:
+        axes = [layer.reduction_axis for layer in layers]
+        return pattern.choose([layer.scores for layer in layers], members, shares[0], axes)
     if isinstance(pattern, GlobalUnstructured):
         return pattern.masks([layer.scores for layer in layers], shares[0])
     return [

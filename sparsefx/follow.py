@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsefx.algorithms.base import Algorithm
+from sparsefx.coupled_records import PATTERN, by_coupling
 from sparsefx.errors import OptimizerError, StateError
 from sparsefx.patterns import GlobalUnstructured
 from sparsefx.shards import is_distributed, values_of
@@ -156,6 +157,27 @@ def refuse_split_threshold(owners: dict[str, Followed], plan: Sequence[Sequence[
                 f"{missing[0]} shares one threshold (pattern 'unstructured:global') with layers of an optimizer that does not "
                 "hold it; give one optimizer all of them, or use pattern 'unstructured'"
             )
+
+
+def refuse_split_channels(algorithm: Algorithm, owners: dict[str, Followed], plan: Sequence[Sequence[str]]) -> None:
+    """Raise where the filters of pattern ``channel:coupled`` could not be chosen together."""
+    mine = {name: entry.record for name, entry in owners.items() if entry.record.pattern == PATTERN}
+    lost = [name for name, record in mine.items() if record.coupled is None]
+    if lost and algorithm.moves:
+        raise StateError(
+            f"{lost[0]} has pattern 'channel:coupled', but not with what: its channels were cut, or its mask comes from a file; "
+            "call sparsefx.finalize, and sparsify with example_inputs to empty more of it, or use algorithm 'static'"
+        )
+    records = list(mine.values())
+    for positions in by_coupling(records):
+        names = {name for number, name in enumerate(mine) if number in positions}
+        for held in plan:
+            missing = sorted(names - set(held))
+            if missing and names & set(held) and algorithm.moves:
+                raise OptimizerError(
+                    f"{missing[0]} is coupled (pattern 'channel:coupled') with layers of an optimizer that does not hold it; "
+                    "give one optimizer all of them, or use pattern 'channel'"
+                )
 
 
 def broadcast_generator(owners: dict[str, Followed], generator: torch.Generator) -> None:

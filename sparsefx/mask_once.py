@@ -14,7 +14,7 @@ from sparsefx.model_record import has_records
 from sparsefx.one_shot import OneShotMethod, find, solve
 from sparsefx.ops.split import split
 from sparsefx.passes.analyze_eligibility import Eligibility, Selection
-from sparsefx.patterns import GlobalUnstructured, Pattern, parse
+from sparsefx.patterns import CoupledChannel, GlobalUnstructured, Pattern, parse
 from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_parameter import SparseParameter
 
@@ -83,6 +83,11 @@ def mask_once(
         raise OptionError(
             "mask_once was given pattern 'unstructured:global', whose one threshold needs all layers at once; use "
             "'unstructured', or sparsefx.sparsify and sparsefx.finalize"
+        )
+    if isinstance(chosen, CoupledChannel):
+        raise OptionError(
+            "mask_once was given pattern 'channel:coupled', whose masks need all layers at once; use 'channel', or "
+            "sparsefx.sparsify and sparsefx.finalize"
         )
     rows = [row for row in found.layers if row.sparse]
     if not rows:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsefx.algorithms.base import Algorithm, Split
 from sparsefx.algorithms.layer import Layer, Run
 from sparsefx.checkpoint import adopt, cut_to_one_threshold
+from sparsefx.coupled_records import couple_loaded
 from sparsefx.errors import NonFiniteError
 from sparsefx.follow import (
     Followed,
@@ -28,6 +29,7 @@ from sparsefx.follow import (
     plan_of,
     refuse_double_following,
     refuse_shards,
+    refuse_split_channels,
     refuse_split_threshold,
     runtime_of,
 )
@@ -250,6 +252,7 @@ class MaskRuntime:
         self._names = tuple(owners)
         plan = plan_of(optimizers, owners)
         refuse_split_threshold(owners, plan)
+        refuse_split_channels(algorithm, owners, plan)
         refuse_shards(algorithm, owners)
         self._hooks: list[_OptimizerHooks] = []
         runs = [Run(optimizer, total_steps, steps_per_epoch, self._generator) for optimizer in optimizers]
@@ -263,6 +266,7 @@ class MaskRuntime:
             adopt(entry.record, entry.parameter())
             entry.record.left_out = None
         cut_to_one_threshold([(entry.weight(), entry.record) for entry in owners.values()])
+        couple_loaded([entry.weight() for entry in owners.values()], [entry.record for entry in owners.values()])
         for run, names in zip(runs, plan, strict=True):
             self._hooks.append(_OptimizerHooks(run, [owners[name] for name in names], self))
             self._claim(self._hooks[-1], self._hooks[-1].followed)

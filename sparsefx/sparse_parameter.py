@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsefx.dormant_values import compact_of, spread
 from sparsefx.errors import StateError
 from sparsefx.patterns.base import Pattern
+from sparsefx.patterns.coupled_channel import Coupled
 from sparsefx.shards import Shards
 
 if TYPE_CHECKING:  # algorithms work on these records, so they are imported after this file
@@ -47,6 +48,7 @@ class SparseParameter:
         merged: True while the parameter holds dense weights, inside an optimizer step.
         runtime: the MaskRuntime that moves this mask, if one does; not copied and not pickled.
         warning: the hook that warns of training without a runtime; not copied and not pickled.
+        coupled: for pattern ``channel:coupled``, the channels of this weight among those of all; None where that is not known.
         left_out: values of the last loaded state_dict that the mask has no room for, until the whole model is loaded.
         shards: how the parameter, and all that stands beside it, is cut among processes; None where this one has it whole.
         loading: the tensor that is about to be loaded into the parameter, while a state_dict is.
@@ -67,6 +69,7 @@ class SparseParameter:
     warning: RemovableHandle | None = field(default=None, repr=False)
     loading: Tensor | None = field(default=None, repr=False)
     left_out: Tensor | None = field(default=None, repr=False)
+    coupled: Coupled | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "runtime": None, "warning": None, "loading": None, "left_out": None}

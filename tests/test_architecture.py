@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "algorithms",
         "ops",
         "sparse_parameter",
+        "coupled_records",
         "dormant_values",
         "sharded_records",
         "model_record",

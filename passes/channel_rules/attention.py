@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from sparsefx.passes.channels.facts import Heads
 from sparsefx.passes.channels.graph import module_path
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
 from sparsefx.passes.channels.value import Value, Weight, constant_along, nothing_known
@@ -15,7 +16,8 @@ from sparsefx.passes.channels.value import Value, Weight, constant_along, nothin
 def attention(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """softmax(q k^T) v: queries, keys and values of a head are one class.
 
-    The scale depends on the head's size, so that nothing inside a head can go. A head whose values are always zero gives zero.
+    The scale depends on the head's size, so that nothing inside a head can go. A head whose values are the same at all places
+    gives these, since softmax sums to one; behind a mask, which may leave no place, or with dropout, only zero gives zero.
     """
     query, key, value = (propagation.value(arguments[name]) for name in ("query", "key", "value"))
     rank = len(query.shape)
@@ -38,6 +40,9 @@ def attention(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
         labels = rows[:, :1] if labels is None else labels
         propagation.labels.union(np.broadcast_to(labels, rows.shape), rows)
     assert labels is not None
+    for operand in (query, key):
+        own = np.ascontiguousarray(labels[:: number // operand.shape[heads], 0])
+        propagation.facts.heads.append(Heads(module_path(node), own, query.shape[-1]))
     mask = arguments.get("attn_mask")
     if isinstance(mask, (Value, Weight)):
         lifted = propagation.value(mask).lifted(rank)
@@ -48,8 +53,13 @@ def attention(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
         else:
             propagation.pin(lifted, "it is a mask of attention", module_path(node))
     sizes = tuple(number if axis == heads else 1 for axis in range(rank))
-    zero = np.repeat(constant_along(value, heads) == 0, number // value.shape[heads])
-    constant = np.where(zero, 0.0, np.nan).reshape(sizes) if zero.any() else nothing_known(rank)
+    drops = propagation.training and arguments.get("dropout_p") != 0
+    if mask is None and not drops and value.constant.shape[rank - 2] == 1:
+        times = number // value.shape[heads]
+        constant = value.constant if value.constant.shape[heads] == 1 else np.repeat(value.constant, times, axis=heads)
+    else:
+        zero = np.repeat(constant_along(value, heads) == 0, number // value.shape[heads])
+        constant = np.where(zero, 0.0, np.nan).reshape(sizes) if zero.any() else nothing_known(rank)
     return Value(shape, np.ascontiguousarray(labels[:, 0]).reshape(sizes), constant)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
+from sparsefx.passes.channels.facts import Heads
 from sparsefx.passes.channels.graph import module_path, op_name
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
@@ -33,6 +34,9 @@ def contract(propagation: Propagation, node: fx.Node, operands: tuple[Value, Val
         labels = _by_index(propagation, node, operands, inputs, shared[0])
         if labels is None:
             return propagation.refuse(node, "broadcasts along an axis of channels")
+        # Of scores of attention, the letter that is summed over counts the channels of a head.
+        inner = next((left.shape[axis] for axis, letter in enumerate(inputs[0]) if letter not in output), 0)
+        propagation.facts.heads.append(Heads(module_path(node), labels, inner))
         sizes = tuple(shape[axis] if letter == shared[0] else 1 for axis, letter in enumerate(output))
         return Value(shape, labels.reshape(sizes), _zeros(operands, inputs, shared[0]).reshape(sizes))
     if len(left_axes) > 1 or len(right_axes) > 1:

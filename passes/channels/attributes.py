@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from sparsefx.layers import known_base
 from sparsefx.passes.channels.plan import Attribute
 
 Shape = tuple[int, ...]
+# How libraries name the number of heads where it does not end in "heads", and the channels of all heads.
+_HEADS = frozenset(("n_head", "num_head", "nhead"))
+_ALL_HEADS = frozenset(("all_head_size", "attn_dim", "attention_dim", "inner_dim", "inner_size", "split_size"))
 
 
 def changed_attributes(
@@ -19,6 +22,7 @@ def changed_attributes(
     after: Mapping[str, Shape],
     groups: Mapping[str, int],
     normalized: Mapping[str, int],
+    heads: Sequence[tuple[str, tuple[int, int], int]],
 ) -> Iterator[Attribute]:
     """What the modules of a model have to hold after a cut.
 
@@ -28,6 +32,7 @@ def changed_attributes(
         after: their shapes after the cut.
         groups: number of groups left in each grouped convolution, by the name of its weight.
         normalized: number of channels left in what each module of a normalization takes, by its path.
+        heads: path of the module, number of heads before and after, and channels of a head, for each call of attention.
     """
     names = {id(tensor): name for name, tensor in tensors.items()}
     for path, module in model.named_modules():
@@ -43,6 +48,23 @@ def changed_attributes(
             before = getattr(module, name, None)
             if before is not None and before != value:
                 yield Attribute(path, name, before, value)
+    yield from _of_heads(model, heads)
+
+
+def _of_heads(model: nn.Module, heads: Sequence[tuple[str, tuple[int, int], int]]) -> Iterator[Attribute]:
+    """What modules of any library hold of their heads, by the names that are usual; the cut model is run and compared anyway."""
+    by_module: dict[str, dict[str, set[tuple[int, int]]]] = {}
+    for path, (before, after), size in heads:
+        found = by_module.setdefault(path, {})
+        for name, value in vars(model.get_submodule(path)).items():
+            if type(value) is int and value == before and (name.endswith("heads") or name in _HEADS):
+                found.setdefault(name, set()).add((before, after))
+            elif type(value) is int and value == before * size and name in _ALL_HEADS:
+                found.setdefault(name, set()).add((before * size, after * size))
+    for path, names in by_module.items():
+        for name, counts in names.items():
+            if len(counts) == 1 and (count := counts.pop())[0] != count[1]:
+                yield Attribute(path, name, *count)
 
 
 def _numbers(module: nn.Module, shapes: Mapping[str, Shape], groups: int | None) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsefx.passes.channel_rules.products import matrix, weighted
 from sparsefx.passes.channels.attributes import changed_attributes
 from sparsefx.passes.channels.carriers import carrier, input_groups, lost_constants
-from sparsefx.passes.channels.facts import Facts
+from sparsefx.passes.channels.facts import Facts, Heads
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer
 from sparsefx.passes.channels.plan import ChannelPlan
@@ -56,7 +56,8 @@ def build_plan(
                 new_biases[name] = len(positions)
     groups = {name: _groups_left(rows, solution) for name, (rows, _) in facts.gathered.items()}
     normalized = {path: int(solution.stays[solution.roots[labels]].sum()) for path, labels in facts.normalized.items()}
-    attributes = tuple(changed_attributes(model, tensors, after, groups, normalized)) if kept else ()
+    heads = [(one.where, _counted(one, solution), one.size) for one in facts.heads]
+    attributes = tuple(changed_attributes(model, tensors, after, groups, normalized, heads)) if kept else ()
     report = _report(model, facts, layers, solution, unrounded, after, new_biases, moved, multiple, refused)
     return ChannelPlan(kept, shapes, new_biases, moved, attributes, report)
 
@@ -82,6 +83,11 @@ def _kept(facts: Facts, solution: Solution) -> Kept:
             indices = np.stack([np.flatnonzero(row) for row in left])
             kept.setdefault(name, {})[1] = torch.from_numpy(indices)
     return kept
+
+
+def _counted(heads: Heads, solution: Solution) -> tuple[int, int]:
+    """Heads before and after."""
+    return len(heads.labels), int(solution.stays[solution.roots[heads.labels]].sum())
 
 
 def _groups_left(rows: Integers, solution: Solution) -> int:

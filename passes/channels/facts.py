@@ -77,6 +77,21 @@ class Pin:
     ordered: bool = True
 
 
+@dataclass(frozen=True)
+class Heads:
+    """A call of attention.
+
+    Attributes:
+        where: path of the module that was running.
+        labels: one label a head; shape [heads].
+        size: channels of a head.
+    """
+
+    where: str
+    labels: Integers
+    size: int
+
+
 @dataclass
 class Facts:
     """Everything the solver needs, in the order of the graph."""
@@ -95,5 +110,7 @@ class Facts:
     """Label of each element of a parameter that is used as it is, along several axes."""
     normalized: dict[str, Integers] = field(default_factory=dict)
     """Labels of the channels that a normalization in this module takes, which may have no parameters to tell their number."""
+    heads: list[Heads] = field(default_factory=list)
+    """Calls of attention: modules may hold their number of heads."""
     gathered: dict[str, tuple[Integers, Integers]] = field(default_factory=dict)
     """Weights of grouped convolutions: labels of outputs and of inputs, one row a group."""

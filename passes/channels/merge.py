@@ -14,6 +14,7 @@ from sparsefx.passes.channels.facts import Read
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.propagation import Propagation
 from sparsefx.passes.channels.value import Floats
+from sparsefx.patterns import Channel
 from sparsefx.sparse_parameter import records_of
 
 Mask = NDArray[np.bool_]
@@ -89,7 +90,7 @@ def _merged(model: nn.Module, propagation: Propagation, all_reads: list[Read], r
     for read in reads[1:]:
         constant = np.where(constant == read.constant, constant, np.nan) if same else np.full_like(constant, np.nan)
     fold = _fold(model, propagation, all_reads)
-    carries = not _is_sparse(model, first.weight.name)
+    carries = _keeps_its_pattern(model, first.weight.name)
     if uniform and fold is None:
         constant = np.where(constant == 0, 0.0, np.nan)
     if not uniform and not carries:
@@ -142,6 +143,8 @@ def _alone(propagation: Propagation, name: str, reads: list[Read]) -> bool:
     )
 
 
-def _is_sparse(model: nn.Module, name: str) -> bool:
+def _keeps_its_pattern(model: nn.Module, name: str) -> bool:
+    """Whether other columns may be added to one: not where masks choose among the weights of a row. An empty row stays empty."""
     path, _, local_name = name.rpartition(".")
-    return local_name in records_of(model.get_submodule(path))
+    record = records_of(model.get_submodule(path)).get(local_name)
+    return record is None or isinstance(record.pattern, Channel)

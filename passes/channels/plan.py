@@ -22,7 +22,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Attribute:
-    """A number of channels that a module of torch.nn holds: ``out_channels``, ``num_features``, ``groups``, ..."""
+    """A number of channels that a module holds: ``out_channels``, ``num_features``, ``groups``, ``num_heads``, ..."""
 
     module: str
     name: str

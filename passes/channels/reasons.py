@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
+from sparsefx.passes.channels.carriers import carrier, input_groups, lost_constants
 from sparsefx.passes.channels.facts import Facts
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer
@@ -28,6 +31,7 @@ class Reasons:
                 if label and label not in self._pinned:
                     self._pinned[label] = f"{pin.reason} ({pin.where})" if pin.where else pin.reason
         self._reader = _readers(layers, solution)
+        self._carriers = set(_carriers(layers, solution))
         self._names = [layer.read.where or layer.read.weight.name for layer in layers]
 
     def pinned(self, classes: Integers) -> str:
@@ -42,6 +46,8 @@ class Reasons:
     def _coupled(self, label: int) -> str:
         if not self._unrounded.stays[label]:
             return "they fill up the width"
+        if label in self._carriers:
+            return "one constant channel stays, to carry those that go over padding"
         reader = int(self._reader[label])
         if reader < 0:
             return "heads, groups, halves or what is broadcast over them keep their sizes"
@@ -57,6 +63,15 @@ def _readers(layers: list[Layer], solution: Solution) -> Integers:
         if rows.any():
             found[layer.into[reading(layer, rows) & np.isnan(layer.constant)]] = number
     return found
+
+
+def _carriers(layers: list[Layer], solution: Solution) -> Iterator[int]:
+    for layer in layers:
+        if layer.read.uniform or not (lost := lost_constants(solution, layer)).any():
+            continue
+        for group in input_groups(layer):
+            if lost[group].any() and (through := carrier(solution, layer, group)) is not None:
+                yield int(layer.into[through])
 
 
 __all__ = ["Reasons"]

@@ -124,6 +124,7 @@ def _cut_record(module: nn.Module, local_name: str, axes: Mapping[int, Tensor]) 
         record.compact = compact_of(cut(dormant, axes), record.mask)
     record.threshold = None
     record.warning = None
+    record.coupled = None  # with channels that are no more
 
 
 def _refresh_records(model: nn.Module) -> None:

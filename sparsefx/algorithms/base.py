@@ -83,6 +83,11 @@ class Algorithm(ABC):
         """Whether ``attach(..., density_schedule=)`` can change the density: masks are chosen by magnitude at a given density."""
         return False
 
+    @property
+    def chooses_together(self) -> bool:
+        """Whether masks change by `Split.rewire` alone, if ever: to the best of the pattern, over layers that go together."""
+        return not self.moves
+
     def refusal(self, pattern: Pattern) -> str | None:
         """Why masks of this pattern cannot move in this way, or None where they can."""
         return None

@@ -51,6 +51,10 @@ class Gradual(Algorithm):
             f"{pattern.fixed_density:g}; use pattern 'unstructured', or algorithm 'magnitude'"
         )
 
+    @property
+    def chooses_together(self) -> bool:
+        return True
+
     def shards_refusal(self) -> str | None:
         return None
 

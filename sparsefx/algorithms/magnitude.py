@@ -63,6 +63,10 @@ class Magnitude(Algorithm):
     def follows_schedule(self) -> bool:
         return True
 
+    @property
+    def chooses_together(self) -> bool:
+        return True
+
     def shards_refusal(self) -> str | None:
         return None
 

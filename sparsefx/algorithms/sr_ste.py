@@ -39,6 +39,10 @@ class SRSTE(Algorithm):
     def keeps_dormant(self) -> bool:
         return True
 
+    @property
+    def chooses_together(self) -> bool:
+        return True
+
     def shards_refusal(self) -> str | None:
         return None
 

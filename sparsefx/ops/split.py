@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsefx.coupled_records import by_coupling, coupled_masks
 from sparsefx.errors import OptionError
 from sparsefx.ops import cuda_transposable, native
 from sparsefx.ops.masks_of_shards import choose_of_shards
@@ -262,15 +263,23 @@ def _scale_dormant(weight: Tensor, mask: Tensor, scale: float) -> None:
 def _choose(weights: Sequence[Tensor], records: Sequence[SparseParameter], densities: Sequence[float]) -> None:
     together: dict[tuple[GlobalUnstructured, float], list[int]] = {}
     shared: list[int] = []
+    coupled = by_coupling(records)
+    apart = {position for positions in coupled for position in positions}
     for position, (weight, record, density) in enumerate(zip(weights, records, densities, strict=True)):
         if isinstance(record.pattern, GlobalUnstructured):
             together.setdefault((record.pattern, density), []).append(position)
+        elif position in apart:
+            continue
         elif record.shards is not None:
             shared.append(position)
         elif record.pattern == cuda_transposable.PATTERN and cuda_transposable.runs_here(weight):
             record.mask.copy_(cuda_transposable.choose_mask(weight))
         else:
             record.mask.copy_(record.pattern._mask(weight.abs(), density, record.reduction_axis))
+    for positions in coupled:
+        members, values = [records[i] for i in positions], [weights[i] for i in positions]
+        for record, mask in zip(members, coupled_masks(values, members, densities[positions[0]]), strict=True):
+            record.mask.copy_(mask)
     rankings = [([records[i]], [weights[i]], densities[i]) for i in shared]
     for (pattern, density), positions in together.items():
         members, values = [records[i] for i in positions], [weights[i] for i in positions]

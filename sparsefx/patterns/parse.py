@@ -9,6 +9,7 @@ from sparsefx.errors import PatternError
 from sparsefx.patterns.base import Pattern
 from sparsefx.patterns.block import Block
 from sparsefx.patterns.channel import Channel
+from sparsefx.patterns.coupled_channel import CoupledChannel
 from sparsefx.patterns.global_unstructured import GlobalUnstructured
 from sparsefx.patterns.n_of_m import NOfM
 from sparsefx.patterns.padded import Padded
@@ -27,6 +28,7 @@ _EXAMPLES = (
     "block:1x8",
     "block:4x4",
     "channel",
+    "channel:coupled",
 )
 _N_OF_M = re.compile(r"(\d{1,3}):(\d{1,3})(?:(-transposable|[ -]2d)|(-padded)|[ -]1d)?")
 _BLOCK = re.compile(r"block:(\d{1,6})x(\d{1,6})(?::norm=([0-9.e+]+))?")
@@ -38,7 +40,8 @@ def parse(text: str) -> Pattern:
     ``N:M`` and ``N:M-transposable`` with 1 <= N <= M <= 16 (also written ``N:M 1D`` and ``N:M 2D``), ``N:M-padded`` for weights
     whose inputs are no multiple of M, ``unstructured`` (per layer), ``unstructured:global`` (one threshold
     over all layers), ``block:RxC`` (R along the output axis, C along the reduction axis; ``block:1x8:norm=2`` ranks blocks by
-    a p-norm) and ``channel`` (whole filters). ``parse(pattern.name) == pattern`` for every pattern.
+    a p-norm), ``channel`` (whole filters) and ``channel:coupled`` (filters that can be cut out together).
+    ``parse(pattern.name) == pattern`` for every pattern.
 
     Raises:
         PatternError: the text names no pattern, or one outside its range.
@@ -52,6 +55,8 @@ def parse(text: str) -> Pattern:
         return GlobalUnstructured()
     if cleaned == "channel":
         return Channel()
+    if cleaned == "channel:coupled":
+        return CoupledChannel()
     found = _N_OF_M.fullmatch(cleaned)
     if found:
         kind = Transposable if found[3] else Padded if found[4] else NOfM
@@ -76,5 +81,5 @@ def _unknown(text: str) -> PatternError:
     meant = f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
     return PatternError(
         f"unknown pattern {text!r}; {meant}expected "
-        "N:M, N:M-transposable, unstructured, unstructured:global, block:RxC or channel"
+        "N:M, N:M-transposable, unstructured, unstructured:global, block:RxC, channel or channel:coupled"
     )

@@ -27,6 +27,7 @@ PATTERNS = (
     "block:4x4:norm=2",
     "block:1x1",
     "channel",
+    "channel:coupled",
 )
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -46,7 +47,7 @@ def sparsified(algorithm: Algorithm, pattern: str, seed: int = 0, **options: Any
         algorithm=algorithm,
         calibration=batches(2, seed=5) if isinstance(algorithm, AtStart) else None,
         loss_fn=loss_of,
-        example_inputs=batches(1)[0][0] if algorithm.name == "synflow" else None,
+        example_inputs=batches(1)[0][0] if algorithm.name == "synflow" or pattern == "channel:coupled" else None,
         **options,
     )
 

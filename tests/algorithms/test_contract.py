@@ -30,6 +30,9 @@ REFUSED: dict[str, dict[str, str]] = {
     "gradual": dict.fromkeys(_FIXED, "begins dense"),
     "accelerated": dict.fromkeys(set(PATTERNS) - {"2:4-transposable", "4:8-transposable"}, "both axes"),
 }
+for _name, _algorithm in BY_NAME.items():
+    if not _algorithm.chooses_together:
+        REFUSED[_name] = {**REFUSED.get(_name, {}), "channel:coupled": "each layer for itself"}
 # Algorithms whose layers exchange weights: only the total is fixed.
 EXCHANGING = {"sparse-momentum", "dsr"}
 # Algorithms whose masks only lose weights.

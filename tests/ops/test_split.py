@@ -29,6 +29,7 @@ PATTERNS = (
     "unstructured:global",
     "block:1x4",
     "channel",
+    "channel:coupled",
 )
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 needs_library = pytest.mark.skipif(not native.available(), reason="the compiled extension was not built")

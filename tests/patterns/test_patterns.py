@@ -35,6 +35,7 @@ NAMES = (
     "block:4x4",
     "block:2x5:norm=2",
     "channel",
+    "channel:coupled",
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((80, 80), (16, 80), (80, 16, 3, 3), (16, 16, 5), (80, 80, 1, 1))

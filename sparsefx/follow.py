@@ -165,8 +165,8 @@ def refuse_split_channels(algorithm: Algorithm, owners: dict[str, Followed], pla
     lost = [name for name, record in mine.items() if record.coupled is None]
     if lost and algorithm.moves:
         raise StateError(
-            f"{lost[0]} has pattern 'channel:coupled', but not with what: its channels were cut, or its mask comes from a file; "
-            "call sparsefx.finalize, and sparsify with example_inputs to empty more of it, or use algorithm 'static'"
+            f"{lost[0]} has pattern 'channel:coupled', but not with what: its channels were cut, or its mask comes from a file. "
+            "Call sparsify with example_inputs before loading; or to empty more of it, sparsefx.finalize and then sparsify"
         )
     records = list(mine.values())
     for positions in by_coupling(records):

@@ -194,7 +194,7 @@ def test_masks_come_back_from_a_checkpoint_and_dense_weights_are_cut_together() 
 def test_what_was_cut_is_not_emptied_again_by_itself() -> None:
     model = _sparse(_model()).eval()
     small = sparsefx.prune_channels(model, torch.randn(IMAGE), multiple=1)
-    with pytest.raises(StateError, match=r"channels were cut.*call sparsefx\.finalize"):
+    with pytest.raises(StateError, match=r"channels were cut.*sparsefx\.finalize"):
         sparsefx.attach(small, torch.optim.SGD(small.parameters(), 0.1), total_steps=5)
     again = sparsefx.finalize(small)
     _sparse(again)

@@ -53,8 +53,7 @@ def attention(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]
         else:
             propagation.pin(lifted, "it is a mask of attention", module_path(node))
     sizes = tuple(number if axis == heads else 1 for axis in range(rank))
-    drops = propagation.training and arguments.get("dropout_p") != 0
-    if mask is None and not drops and value.constant.shape[rank - 2] == 1:
+    if mask is None and not arguments.get("dropout_p") and value.constant.shape[rank - 2] == 1:
         times = number // value.shape[heads]
         constant = value.constant if value.constant.shape[heads] == 1 else np.repeat(value.constant, times, axis=heads)
     else:

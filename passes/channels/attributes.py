@@ -53,10 +53,13 @@ def changed_attributes(
 
 def _of_heads(model: nn.Module, heads: Sequence[tuple[str, tuple[int, int], int]]) -> Iterator[Attribute]:
     """What modules of any library hold of their heads, by the names that are usual; the cut model is run and compared anyway."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     by_module: dict[str, dict[str, set[tuple[int, int]]]] = {}
     for path, (before, after), size in heads:
+        if path not in modules:
+            continue
         found = by_module.setdefault(path, {})
-        for name, value in vars(model.get_submodule(path)).items():
+        for name, value in vars(modules[path]).items():
             if type(value) is int and value == before and (name.endswith("heads") or name in _HEADS):
                 found.setdefault(name, set()).add((before, after))
             elif type(value) is int and value == before * size and name in _ALL_HEADS:

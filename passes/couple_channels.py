@@ -81,7 +81,7 @@ def couple_channels(
 
 
 def _told(reason: str) -> str:
-    return f"its channels cannot be cut out, so that empty ones would gain nothing: {reason}"
+    return f"none of its channels could be cut out: {reason}"
 
 
 def _beside(classes: Integers, outputs: Mapping[str, Integers], left: Sequence[str], reasons: Mapping[str, str]) -> str:

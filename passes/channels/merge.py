@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from sparsefx.layers import runs_own_forward
 from sparsefx.passes.channel_rules.products import matrix
+from sparsefx.passes.channels.added_bias import takes_a_bias
 from sparsefx.passes.channels.facts import Read
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.propagation import Propagation
@@ -129,8 +129,9 @@ def _fold(model: nn.Module, propagation: Propagation, reads: list[Read]) -> Fold
         return Fold(shift, -1, False)
     path, _, local_name = first.weight.name.rpartition(".")
     owner = model.get_submodule(path)
-    plain = isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) and local_name == "weight" and runs_own_forward(owner)
-    if plain and _alone(propagation, first.weight.name, reads) and owner._parameters.get("bias", first) is None:
+    if not isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) or local_name != "weight":
+        return None
+    if owner._parameters.get("bias", first) is None and _alone(propagation, first.weight.name, reads) and takes_a_bias(owner):
         return Fold(f"{path}.bias" if path else "bias", 1, True)
     return None
 

@@ -17,7 +17,9 @@ from sparsefx.algorithms.magnitude import Magnitude
 from sparsefx.dormant_values import compact_of, spread
 from sparsefx.errors import StateError
 from sparsefx.ops import native
-from sparsefx.sparse_parameter import sparse_parameters
+from sparsefx.ops.split import merge, split
+from sparsefx.patterns import parse
+from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
 from tests.training import batches, loss_of, small_net, train
 
 
@@ -125,3 +127,17 @@ def test_a_mask_that_is_changed_by_hand_is_told_before_any_weight_changes() -> N
     with pytest.raises(StateError, match="changed in place by something else"):
         train(model, optimizer, batches(1))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reached", [False, True])
+def test_a_full_mask_that_is_changed_by_hand_is_told_too(reached: bool, compiled: bool) -> None:
+    mask = torch.ones(64, 64, dtype=torch.bool)
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    record = SparseParameter(parse("unstructured"), 1.0, 1, mask, compact_of(weight, mask))
+    mask[0] = False
+    before = weight.clone()
+    options = {"rewire": False, "reached": [~mask]} if reached else {}
+    with pytest.raises(StateError, match="changed in place by something else"):
+        (split if reached else merge)([weight], [record], compiled=compiled, **options)
+    assert torch.equal(weight, before)

@@ -54,7 +54,7 @@ typedef struct {
     void *dormant;    /* the words that the mask leaves out, in the order of memory, or NULL; PENALIZE: all weights, read only, beside
                          gradients in `weight` */
     uint8_t *reached; /* PENALIZE, and KEEP_MASK: which weights a step may change; NULL for all */
-    int64_t held;     /* how many words are dormant */
+    int64_t held;     /* how many words are dormant; -1 where none are kept. `dormant` may be NULL where there are 0 */
     int64_t count, format, kind;
     int64_t n, m, inner;                                   /* N_OF_M and blocks: words from one member to the next */
     int64_t slow_size, slow_stride, fast_size, transposed; /* blocks: the two axes by stride; transposed where axis 1 is slow */
@@ -212,12 +212,12 @@ static void separate(worker_t *worker, const job_t *job, int64_t start, int64_t 
         void *weight = at(job->weight, start, job->format);
         const uint8_t *mask = job->mask + start;
         uint64_t worst;
-        if (job->dormant) {
+        if (job->held > 0) {
             BY_SIZE(job->format, left =, gather_fast, word, (const word *)weight, mask, (word *)worker->values, length)
             memcpy(at(job->dormant, offset, job->format), worker->values, (size_t)(left * WORD_SIZE[job->format]));
             offset += left;
         }
-        if (job->dormant)
+        if (job->held > 0)
             BY_SIZE(job->format, worst =, separate, word, (word *)weight, mask, length)
         else
             BY_SIZE(job->format, worst =, separate_if_needed, word, (word *)weight, mask, length)
@@ -229,7 +229,8 @@ static void separate(worker_t *worker, const job_t *job, int64_t start, int64_t 
 static const uint64_t *words_of(worker_t *worker, const job_t *job, int64_t count, int64_t offset)
 {
     int64_t left = job->held - offset < count ? job->held - offset : count;
-    memcpy(worker->values, at(job->dormant, offset, job->format), (size_t)(left * WORD_SIZE[job->format]));
+    if (left > 0)
+        memcpy(worker->values, at(job->dormant, offset, job->format), (size_t)(left * WORD_SIZE[job->format]));
     return worker->values;
 }
 
@@ -608,7 +609,7 @@ static void run_item(worker_t *worker, const item_t *item)
     case KEEP_MASK:
         if (job->reached)
             restore(worker, job, item->start, count, item->offset);
-        if (job->dormant) /* else what lies outside the mask is lost in any case */
+        if (job->held > 0) /* else what lies outside the mask is lost in any case */
             scale_dormant(work, job, item->start, count);
         separate(worker, job, item->start, count, item->offset);
         break;
@@ -662,7 +663,7 @@ static void units_of(const job_t *job, int64_t *units, int64_t *step)
 }
 
 /* Whether a job splits its weight into participating and dormant words. */
-static int splits(const job_t *job) { return job->dormant != NULL && job->write && job->kind != PENALIZE; }
+static int splits(const job_t *job) { return job->held >= 0 && job->write && job->kind != PENALIZE; }
 
 /* How many dormant words the masks of a job have by its kind alone; -1 where they have to be counted. */
 static int64_t known_dormant(const job_t *job)

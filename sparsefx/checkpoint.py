@@ -61,6 +61,7 @@ def adopt(record: SparseParameter, parameter: nn.Parameter) -> None:
         if not anywhere(not bool(torch.isfinite(weight).all()), record.shards):
             record.mask.copy_(_mask_for(record, weight))
             record.threshold = None
+        record.refitted = True
         left_out = weight.masked_fill(record.mask, 0)
         record.keep(left_out)
         record.left_out = left_out if _leaves_out(record.mask, weight, record) else None
@@ -146,5 +147,6 @@ def cut_to_one_threshold(records: Sequence[tuple[Tensor, SparseParameter]]) -> N
     ]
     rewire_masks(dense, [record for _, record in found])
     for (weight, record), values in zip(found, dense, strict=True):
+        record.refitted = True
         record.keep(values)
         weight.copy_(values.masked_fill(~record.mask, 0))

@@ -55,6 +55,7 @@ def keep_whole(records: Sequence[tuple[Tensor, SparseParameter]]) -> None:
         record.mask.copy_(spread_units(record.pattern, chosen, record.mask, record.reduction_axis))
         record.density = count / total
         record.threshold = None
+        record.refitted = True
         record.keep(torch.zeros_like(weight))
         weight.copy_(value.masked_fill(~record.mask, 0))
 

@@ -141,6 +141,18 @@ class _OptimizerHooks:
             self._runtime.reshard()
         self.run.layers = [Layer(entry.name, entry.parameter(), entry.record, self.run) for entry in self.followed]
 
+    @torch.no_grad()
+    def begin(self, entries: Iterable[Followed]) -> None:
+        """Let the algorithm make ready what it keeps beside weights that are not those of the last step."""
+        for entry in entries:
+            entry.record.state.clear()
+            self._runtime.algorithm.begin(self.run, Layer(entry.name, entry.parameter(), entry.record, self.run))
+            entry.record.refitted = False
+
+    def begin_refitted(self) -> None:
+        """The same for weights that another checkpoint was loaded into, which what is kept says nothing of."""
+        self.begin([entry for entry in self.followed if entry.record.refitted])
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -158,6 +170,7 @@ class _OptimizerHooks:
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         self._give_back_gradients()
         self.look_at_layers()
+        self.begin_refitted()
         self.run.step = self.step + 1
         self._replaces = self._runtime.algorithm.replaces_step(self.run)
         self._merge()
@@ -283,9 +296,7 @@ class MaskRuntime:
             if entry.record.warning is not None:
                 entry.record.warning.remove()
                 entry.record.warning = None
-            entry.record.state.clear()
-            with torch.no_grad():
-                self.algorithm.begin(hooks.run, Layer(entry.name, entry.parameter(), entry.record, hooks.run))
+        hooks.begin(entries)
 
     def follow_new(self, hooks: _OptimizerHooks) -> None:
         """Follow masked parameters that ``optimizer.add_param_group`` brought since (called by the hooks)."""
@@ -340,6 +351,7 @@ class MaskRuntime:
         reshard(self._model)
         parameters: dict[str, dict[str, Any]] = {}
         for hooks in self._hooks:
+            hooks.begin_refitted()
             for entry in hooks.followed:
                 record, dormant = entry.record, entry.record.dormant
                 parameters[entry.name] = {
@@ -383,7 +395,7 @@ class MaskRuntime:
             if dormant is not None:
                 # What loading the model's state_dict could not let participate, the saved mask may.
                 parameter.copy_(torch.where(entry.record.mask, parameter, dormant))
-            entry.record.merged = False
+            entry.record.merged = entry.record.refitted = False
             entry.record.density = saved["density"]
             entry.record.mask.copy_(saved["mask"])
             entry.record.threshold = None

@@ -52,6 +52,7 @@ class SparseParameter:
         left_out: values of the last loaded state_dict that the mask has no room for, until the whole model is loaded.
         shards: how the parameter, and all that stands beside it, is cut among processes; None where this one has it whole.
         loading: the tensor that is about to be loaded into the parameter, while a state_dict is.
+        refitted: True from when the mask was chosen for loaded values until what the algorithm keeps is begun anew for them.
     """
 
     pattern: Pattern
@@ -70,6 +71,7 @@ class SparseParameter:
     loading: Tensor | None = field(default=None, repr=False)
     left_out: Tensor | None = field(default=None, repr=False)
     coupled: Coupled | None = field(default=None, repr=False)
+    refitted: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "runtime": None, "warning": None, "loading": None, "left_out": None}

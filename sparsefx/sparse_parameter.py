@@ -90,7 +90,7 @@ class SparseParameter:
         """Let the dormant values, where there are any, become those of ``values`` (in the parameter's shape) that the mask leaves
         out."""
         if self.compact is not None:
-            self.compact = compact_of(values.to(self.compact.dtype), self.mask)
+            self.compact = compact_of(values.to(self.mask.device, self.compact.dtype), self.mask)
 
     def make_room(self, count: int) -> None:
         """Room for ``count`` dormant values, on the CPU; those that were there are gone where their number was another."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import sparsefx
-from sparsefx.acceleration import accelerate_with
+from sparsefx.acceleration import accelerate_with, load_accelerated
+from sparsefx.errors import StateError
 from sparsefx.ops.semi_structured_product import Operands, Reference
 from sparsefx.passes.acceleration_report import Acceleration
 
@@ -123,3 +124,18 @@ def test_tables_of_four_axes_keep_their_layout() -> None:
     report = run(sparse(Biased()), torch.randn(2, 32, 4, 4))
     assert report.accelerated == ("layer",)
     assert report.model.table.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("saved", "given"),
+    [
+        (lambda: nn.Linear(64, 32, bias=False), lambda: nn.Linear(32, 64, bias=False)),
+        (lambda: nn.Conv2d(144, 32, 1), lambda: nn.Conv2d(16, 32, 3)),
+    ],
+)
+def test_a_weight_of_as_many_values_in_another_shape_is_refused(saved: Any, given: Any) -> None:
+    layer = saved()
+    data = torch.randn(2, layer.weight.shape[1], *((4, 4) if layer.weight.ndim == 4 else ()))
+    state = run(sparse(nn.Sequential(layer)), data).model.state_dict()
+    with pytest.raises(StateError, match=r"values of a weight .* and 0\.weight of the model is"):
+        load_accelerated(nn.Sequential(given()), state)

@@ -147,11 +147,20 @@ class _OptimizerHooks:
         for entry in entries:
             entry.record.state.clear()
             self._runtime.algorithm.begin(self.run, Layer(entry.name, entry.parameter(), entry.record, self.run))
-            entry.record.refitted = False
+            entry.record.mask_before = None
 
-    def begin_refitted(self) -> None:
-        """The same for weights that another checkpoint was loaded into, which what is kept says nothing of."""
-        self.begin([entry for entry in self.followed if entry.record.refitted])
+    def begin_loaded(self) -> None:
+        """The same for weights that a checkpoint with another mask was loaded into, of which what is kept says nothing.
+
+        Averages that were loaded to look at, and exchanged for the weights of before again, are none.
+        """
+        for entry in self.followed:
+            record, before = entry.record, entry.record.mask_before
+            if before is None:
+                continue
+            record.mask_before = None
+            if anywhere(not torch.equal(before.to(record.mask.device), record.mask), record.shards):
+                self.begin([entry])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -170,7 +179,7 @@ class _OptimizerHooks:
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         self._give_back_gradients()
         self.look_at_layers()
-        self.begin_refitted()
+        self.begin_loaded()
         self.run.step = self.step + 1
         self._replaces = self._runtime.algorithm.replaces_step(self.run)
         self._merge()
@@ -351,7 +360,7 @@ class MaskRuntime:
         reshard(self._model)
         parameters: dict[str, dict[str, Any]] = {}
         for hooks in self._hooks:
-            hooks.begin_refitted()
+            hooks.begin_loaded()
             for entry in hooks.followed:
                 record, dormant = entry.record, entry.record.dormant
                 parameters[entry.name] = {
@@ -395,7 +404,7 @@ class MaskRuntime:
             if dormant is not None:
                 # What loading the model's state_dict could not let participate, the saved mask may.
                 parameter.copy_(torch.where(entry.record.mask, parameter, dormant))
-            entry.record.merged = entry.record.refitted = False
+            entry.record.merged, entry.record.mask_before = False, None
             entry.record.density = saved["density"]
             entry.record.mask.copy_(saved["mask"])
             entry.record.threshold = None

@@ -73,3 +73,22 @@ def test_a_runtime_state_that_is_loaded_after_the_weights_stays_as_it_is() -> No
     step(other, its_optimizer)
     for name, one in second.state_dict()["parameters"].items():
         assert torch.equal(one["state"]["backward"], saved["parameters"][name]["mask"]), name
+
+
+@pytest.mark.parametrize("algorithm", ["top-kast", "deep-r", "dropback"])
+def test_averages_that_are_looked_at_between_steps_leave_what_is_kept(algorithm: str) -> None:
+    runs = []
+    for looks in (False, True):
+        model, optimizer = attached(algorithm, 0)
+        runtime = sparsefx.attach(model, optimizer, total_steps=1000, replace=True)
+        for _ in range(3):
+            step(model, optimizer)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        if looks:
+            model.load_state_dict(small_net(seed=5).state_dict())
+            model.load_state_dict(state)
+        runs.append((weights(model), runtime.state_dict()["parameters"]))
+    for name, weight in runs[0][0].items():
+        assert torch.equal(weight, runs[1][0][name])
+        for key, value in runs[0][1][name]["state"].items():
+            assert torch.equal(value, runs[1][1][name]["state"][key]), (name, key)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sparsefx.capture.arguments import copies
 from sparsefx.errors import EligibilityError, VerificationError
 from sparsefx.layers import is_computed, known_base, known_weights, runs_own_forward
 from sparsefx.ops.semi_structured import GROUP, Compressed, compress, decompress
@@ -92,10 +93,12 @@ def lower_semi_structured(
 
 
 def _to_channels_last(model: nn.Module) -> None:
-    """Of weights with four axes alone: ``model.to(memory_format=...)`` raises where there are filters of other dimensions too."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+    """Filters of two dimensions alone: ``model.to(memory_format=...)`` raises where there are others, and would turn tables with
+    four axes too, which the model may look at with ``view``."""
+    for module in model.modules():
+        filters = module._parameters.get("weight")
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and filters is not None:
+            filters.data = filters.data.to(memory_format=torch.channels_last)
 
 
 Trial = tuple[ProductKernel, int, float, float]
@@ -136,6 +139,8 @@ def _static_problem(name: str, module: nn.Module, names: frozenset[str] | None, 
         return "its weight is computed (a parametrization); finalize that first"
     if not runs_own_forward(module):
         return f"{type(module).__name__} has a forward of its own, which a compressed layer would not run"
+    if module._forward_pre_hooks or module._forward_hooks:
+        return "has forward hooks, which a compressed layer would not run; remove them, or exclude it to silence this"
     if isinstance(module, nn.Conv2d):
         if module.groups > 1:
             return f"is a convolution with {module.groups} groups; sparse kernels take one group"
@@ -150,6 +155,8 @@ def _static_problem(name: str, module: nn.Module, names: frozenset[str] | None, 
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}; only floating point weights are lowered"
     matrix = weight_matrix(module)
+    if not matrix.numel():
+        return "its weight is empty"
     if matrix.shape[1] % (2 * GROUP):
         return f"{matrix.shape[1]} inputs is not a multiple of {2 * GROUP}"
     crowded = ((matrix != 0).view(matrix.shape[0], -1, GROUP).sum(-1) > 2).sum()
@@ -188,6 +195,9 @@ def _choose(
     if calls.problem or not calls.inputs:
         return _row(name, module, reason=calls.problem or "was not called on the example inputs; pass inputs that reach it"), None
     matrix = weight_matrix(module)
+    problem = _problem_of_calls(module, calls.inputs, matrix.dtype)
+    if problem:
+        return _row(name, module, reason=problem), None
     dtype = torch.int8 if int8 else matrix.dtype
     refusals = [kernel.refusal(matrix.shape[0], matrix.shape[1], dtype) for kernel in kernels]
     fitting = [kernel for kernel, refusal in zip(kernels, refusals, strict=True) if not refusal]
@@ -228,9 +238,23 @@ def _choose(
     return _row(name, module, accelerated=True, **times), chosen
 
 
+def _problem_of_calls(module: nn.Module, inputs: Sequence[Tensor], dtype: torch.dtype) -> str:
+    """What the calls that were seen tell against a layer; empty where it can be measured on inputs like theirs."""
+    if not any(data.numel() for data in inputs):
+        return "was called with empty inputs alone; pass inputs that reach it"
+    other = next((data.dtype for data in inputs if data.dtype != dtype), dtype)
+    if other != dtype:
+        return f"its weight is {dtype} and its input {other}, by autocast inside of the model; convert the model to one dtype"
+    if isinstance(module, nn.Conv2d) and any(data.ndim != 4 for data in inputs):
+        return "is called without a batch axis; pass inputs [N, C, H, W]"
+    return ""
+
+
 def _like(data: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
-    values = torch.randn(data.shape, generator=generator).to(device=device, dtype=data.dtype)
-    return torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device=device).copy_(values)
+    # What an expanded axis repeats is one value.
+    shape = [min(size, 1) if step == 0 else size for size, step in zip(data.shape, data.stride(), strict=True)]
+    values = torch.randn(shape, generator=generator).to(device=device, dtype=data.dtype)
+    return torch.empty_strided(shape, data.stride(), dtype=data.dtype, device=device).copy_(values).expand(data.shape)
 
 
 @torch.no_grad()
@@ -276,7 +300,7 @@ def _measure(
     algorithms = []
     for layer in layers.values():
         if isinstance(layer, SemiStructuredLinear) and layer.scale is None:
-            rows = data[0].reshape(-1, layer.in_features)
+            rows = max(data, key=Tensor.numel).reshape(-1, layer.in_features)
             layer.algorithm = layer.kernel.fastest_algorithm(rows, layer.operands(), layer.bias)
         algorithms.append(layer.algorithm)
         operations.append(lambda layer=layer: [layer(one) for one in data])  # type: ignore[misc]
@@ -290,7 +314,8 @@ def _measure(
 @torch.no_grad()
 def _difference(model: nn.Module, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """The largest difference between the outputs, relative to the largest output of each tensor; NaN where no tensor is found."""
-    before, after = tree_leaves(expected), tree_leaves(model(*args, **kwargs))
+    own_args, own_kwargs = copies(args, kwargs)
+    before, after = tree_leaves(expected), tree_leaves(model(*own_args, **own_kwargs))
     if len(before) != len(after):
         raise VerificationError(
             f"the accelerated model gave {len(after)} outputs, the given one {len(before)}; report this model"

@@ -64,7 +64,7 @@ def pad_inputs(model: ir.Model) -> tuple[PaddedWeight, ...]:
     for use in weight_uses(model):
         if use.direct:
             found.setdefault(use.initializers[0], []).append(use)
-    pads: dict[tuple[int, int, int], ir.Value] = {}
+    missing: dict[ir.Node, tuple[int, str]] = {}
     done: list[PaddedWeight] = []
     for name, uses in found.items():
         value = graph.initializers.get(name)
@@ -83,15 +83,18 @@ def pad_inputs(model: ir.Model) -> tuple[PaddedWeight, ...]:
         metadata = {**old.metadata_props, PADDED_KEY: str(length)}
         value.const_value = ir.Tensor(padded, dtype=old.dtype, name=name, metadata_props=metadata)
         value.shape = ir.Shape(padded.shape)
-        for node in sorted((node for node, _ in readers), key=list(graph).index):
-            data = node.inputs[0]
-            assert data is not None
-            data_axis = _data_axis(node)
-            key = (id(data), data_axis, size - length)
-            if key not in pads:
-                pads[key] = _pad(graph, node, data, data_axis, size - length, f"{name}.padded_input")
-            node.replace_input_with(0, pads[key])
+        missing.update((node, (size - length, name)) for node, _ in readers)
         done.append(PaddedWeight(name, length, size))
+    # In the order of the graph, since nodes that read different weights may share a Pad.
+    pads: dict[tuple[int, int, int], ir.Value] = {}
+    for node in [node for node in graph if node in missing]:
+        amount, name = missing[node]
+        data = node.inputs[0]
+        assert data is not None
+        key = (id(data), _data_axis(node), amount)
+        if key not in pads:
+            pads[key] = _pad(graph, node, data, key[1], amount, f"{name}.padded_input")
+        node.replace_input_with(0, pads[key])
     return tuple(done)
 
 

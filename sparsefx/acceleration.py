@@ -183,6 +183,13 @@ def _take_in(own: nn.Module, name: str, rest: dict[str, Any], kernels: tuple[Pro
     compressed = Compressed(*(part.to(device) for part in compressed))
     scale = None if scale is None else scale.to(device)
     matrix = decompress(compressed)
+    transposed = getattr(known_base(module), "__name__", "") == "Conv1D"
+    shape = (*(reversed(matrix.shape) if transposed else matrix.shape), *(1 for _ in weight.shape[2:]))
+    if shape != tuple(weight.shape):
+        raise StateError(
+            f"the state_dict holds {prefix}values of a weight {shape}, and {prefix}weight of the model is {tuple(weight.shape)}; "
+            "give a model of the configuration that was accelerated"
+        )
     fitting = [
         one for one in kernels if device.type == "cuda" and not one.refusal(matrix.shape[0], matrix.shape[1], matrix.dtype)
     ]
@@ -197,7 +204,6 @@ def _take_in(own: nn.Module, name: str, rest: dict[str, Any], kernels: tuple[Pro
         rest.pop(prefix + part, None)
     if scale is not None:
         matrix = (matrix * scale[:, None]).to(weight.dtype)
-    transposed = getattr(known_base(module), "__name__", "") == "Conv1D"
     rest[f"{prefix}weight"] = (matrix.t() if transposed else matrix).reshape(weight.shape)
     return own
 

@@ -59,6 +59,7 @@ def adopt(record: SparseParameter, parameter: nn.Parameter) -> None:
     # Of sharded parameters every process has to come to the same conclusion.
     if _leaves_out(record.mask, weight, record):
         if not anywhere(not bool(torch.isfinite(weight).all()), record.shards):
+            record.remember_mask()
             record.mask.copy_(_mask_for(record, weight))
             record.threshold = None
         left_out = weight.masked_fill(record.mask, 0)
@@ -144,6 +145,8 @@ def cut_to_one_threshold(records: Sequence[tuple[Tensor, SparseParameter]]) -> N
         weight if beside is None else torch.where(record.mask, weight, beside)
         for (weight, record), beside in zip(found, dormant, strict=True)
     ]
+    for _, record in found:
+        record.remember_mask()
     rewire_masks(dense, [record for _, record in found])
     for (weight, record), values in zip(found, dense, strict=True):
         record.keep(values)

@@ -25,6 +25,12 @@ def compact_of(values: Tensor, mask: Tensor) -> Tensor:
     return _in_order(values, mask).masked_select(~_in_order(mask, mask))
 
 
+def expect_own_mask(compact: Tensor, mask: Tensor) -> None:
+    """Raise StateError where the mask leaves out another number of weights than there are dormant values."""
+    if mask.device.type == "cpu" and mask.numel() - int(mask.count_nonzero()) != compact.numel():
+        raise StateError(MASK_CHANGED)
+
+
 def spread(compact: Tensor, mask: Tensor) -> Tensor:
     """Undo `compact_of`: a new tensor in the mask's shape and layout, zero where the mask is True.
 
@@ -33,9 +39,8 @@ def spread(compact: Tensor, mask: Tensor) -> Tensor:
     """
     if mask.device.type != "cpu":
         return compact.clone()
+    expect_own_mask(compact, mask)
     left_out = ~_in_order(mask, mask)
-    if int(left_out.count_nonzero()) != compact.numel():
-        raise StateError(MASK_CHANGED)
     flat = torch.zeros(mask.numel(), dtype=compact.dtype).masked_scatter_(left_out, compact)
     axes = _order(mask)
     back = sorted(range(mask.dim()), key=axes.__getitem__)

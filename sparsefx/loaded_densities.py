@@ -52,6 +52,7 @@ def keep_whole(records: Sequence[tuple[Tensor, SparseParameter]]) -> None:
             chosen = largest(preferred, count)
         else:
             chosen = largest_of_shards([Ranking([preferred], [record.shards], count)])[0][0]
+        record.remember_mask()
         record.mask.copy_(spread_units(record.pattern, chosen, record.mask, record.reduction_axis))
         record.density = count / total
         record.threshold = None

@@ -141,6 +141,27 @@ class _OptimizerHooks:
             self._runtime.reshard()
         self.run.layers = [Layer(entry.name, entry.parameter(), entry.record, self.run) for entry in self.followed]
 
+    @torch.no_grad()
+    def begin(self, entries: Iterable[Followed]) -> None:
+        """Let the algorithm make ready what it keeps beside weights that are not those of the last step."""
+        for entry in entries:
+            entry.record.state.clear()
+            self._runtime.algorithm.begin(self.run, Layer(entry.name, entry.parameter(), entry.record, self.run))
+            entry.record.mask_before = None
+
+    def begin_loaded(self) -> None:
+        """The same for weights that a checkpoint with another mask was loaded into, of which what is kept says nothing.
+
+        Averages that were loaded to look at, and exchanged for the weights of before again, are none.
+        """
+        for entry in self.followed:
+            record, before = entry.record, entry.record.mask_before
+            if before is None:
+                continue
+            record.mask_before = None
+            if anywhere(not torch.equal(before.to(record.mask.device), record.mask), record.shards):
+                self.begin([entry])
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -158,6 +179,7 @@ class _OptimizerHooks:
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         self._give_back_gradients()
         self.look_at_layers()
+        self.begin_loaded()
         self.run.step = self.step + 1
         self._replaces = self._runtime.algorithm.replaces_step(self.run)
         self._merge()
@@ -283,9 +305,7 @@ class MaskRuntime:
             if entry.record.warning is not None:
                 entry.record.warning.remove()
                 entry.record.warning = None
-            entry.record.state.clear()
-            with torch.no_grad():
-                self.algorithm.begin(hooks.run, Layer(entry.name, entry.parameter(), entry.record, hooks.run))
+        hooks.begin(entries)
 
     def follow_new(self, hooks: _OptimizerHooks) -> None:
         """Follow masked parameters that ``optimizer.add_param_group`` brought since (called by the hooks)."""
@@ -340,6 +360,7 @@ class MaskRuntime:
         reshard(self._model)
         parameters: dict[str, dict[str, Any]] = {}
         for hooks in self._hooks:
+            hooks.begin_loaded()
             for entry in hooks.followed:
                 record, dormant = entry.record, entry.record.dormant
                 parameters[entry.name] = {
@@ -383,7 +404,7 @@ class MaskRuntime:
             if dormant is not None:
                 # What loading the model's state_dict could not let participate, the saved mask may.
                 parameter.copy_(torch.where(entry.record.mask, parameter, dormant))
-            entry.record.merged = False
+            entry.record.merged, entry.record.mask_before = False, None
             entry.record.density = saved["density"]
             entry.record.mask.copy_(saved["mask"])
             entry.record.threshold = None

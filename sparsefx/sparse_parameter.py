@@ -52,6 +52,7 @@ class SparseParameter:
         left_out: values of the last loaded state_dict that the mask has no room for, until the whole model is loaded.
         shards: how the parameter, and all that stands beside it, is cut among processes; None where this one has it whole.
         loading: the tensor that is about to be loaded into the parameter, while a state_dict is.
+        mask_before: the mask of the last step, where another was chosen for loaded values since; not copied and not pickled.
     """
 
     pattern: Pattern
@@ -70,9 +71,10 @@ class SparseParameter:
     loading: Tensor | None = field(default=None, repr=False)
     left_out: Tensor | None = field(default=None, repr=False)
     coupled: Coupled | None = field(default=None, repr=False)
+    mask_before: Tensor | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "runtime": None, "warning": None, "loading": None, "left_out": None}
+        return {**self.__dict__, "runtime": None, "warning": None, "loading": None, "left_out": None, "mask_before": None}
 
     @property
     def dormant(self) -> Tensor | None:
@@ -88,12 +90,17 @@ class SparseParameter:
         """Let the dormant values, where there are any, become those of ``values`` (in the parameter's shape) that the mask leaves
         out."""
         if self.compact is not None:
-            self.compact = compact_of(values.to(self.compact.dtype), self.mask)
+            self.compact = compact_of(values.to(self.mask.device, self.compact.dtype), self.mask)
 
     def make_room(self, count: int) -> None:
         """Room for ``count`` dormant values, on the CPU; those that were there are gone where their number was another."""
         if self.compact is not None and self.compact.numel() != count:
             self.compact = torch.empty(count, dtype=self.compact.dtype)
+
+    def remember_mask(self) -> None:
+        """Before a mask is chosen for loaded values: what the algorithm keeps is of the present one."""
+        if self.state and self.mask_before is None:
+            self.mask_before = self.mask.clone()
 
     def follow(self, weight: Tensor) -> None:
         """Bring mask and dormant values to the weight's device, dtype and memory layout, where the user moved it."""

@@ -17,7 +17,9 @@ from sparsefx.algorithms.magnitude import Magnitude
 from sparsefx.dormant_values import compact_of, spread
 from sparsefx.errors import StateError
 from sparsefx.ops import native
-from sparsefx.sparse_parameter import sparse_parameters
+from sparsefx.ops.split import merge, split
+from sparsefx.patterns import parse
+from sparsefx.sparse_parameter import SparseParameter, sparse_parameters
 from tests.training import batches, loss_of, small_net, train
 
 
@@ -125,3 +127,48 @@ def test_a_mask_that_is_changed_by_hand_is_told_before_any_weight_changes() -> N
     with pytest.raises(StateError, match="changed in place by something else"):
         train(model, optimizer, batches(1))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("reached", [False, True])
+def test_a_full_mask_that_is_changed_by_hand_is_told_too(reached: bool, compiled: bool) -> None:
+    mask = torch.ones(64, 64, dtype=torch.bool)
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    record = SparseParameter(parse("unstructured"), 1.0, 1, mask, compact_of(weight, mask))
+    mask[0] = False
+    before = weight.clone()
+    options = {"rewire": False, "reached": [~mask]} if reached else {}
+    with pytest.raises(StateError, match="changed in place by something else"):
+        (split if reached else merge)([weight], [record], compiled=compiled, **options)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_weight_is_merged_where_one_of_them_cannot_be(compiled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights, records = [], []
+    for gaps in (False, True, False, True):
+        weight = torch.randn(16, 16, generator=generator)
+        weight = torch.stack([weight, weight], dim=-1)[..., 0] if gaps else weight
+        mask = torch.rand(16, 16, generator=generator) < 0.5
+        records.append(SparseParameter(parse("unstructured"), 0.5, 1, mask, compact_of(weight, mask)))
+        weights.append(weight.masked_fill_(~mask, 0))
+    records[-1].mask.logical_not_()
+    records[-1].mask[0] = True
+    before = [weight.clone() for weight in weights]
+    with pytest.raises(StateError, match="changed in place by something else"):
+        merge(weights, records, compiled=compiled)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, from which a state was saved")
+def test_a_state_that_was_saved_on_another_device_is_loaded() -> None:
+    model = sparsefx.sparsify(small_net())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    runtime = sparsefx.attach(model, optimizer, total_steps=30, exploit="none")
+    train(model, optimizer, batches(3))
+    before, state = _every_value(model), runtime.state_dict()
+    for saved in state["parameters"].values():
+        saved.update({key: value.cuda() for key, value in saved.items() if isinstance(value, Tensor)})
+    runtime.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(before, _every_value(model), strict=True))

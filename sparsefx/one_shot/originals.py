@@ -20,7 +20,8 @@ class Originals:
 
     def __init__(self) -> None:
         try:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
+            # Without a buffer, what a full disk did not take cannot be in the way of reading the rest.
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as this object
         except OSError as error:
             raise self._full(error, 0) from error
         weakref.finalize(self, self._file.close)
@@ -31,8 +32,9 @@ class Originals:
         data = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
         try:
             place = self._file.seek(0, 2)
-            self._file.write(data.numpy().data)
-            self._file.flush()
+            left = data.numpy().data
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise self._full(error, data.numel()) from error
         self._places[name] = place, weight.dtype, weight.shape
@@ -43,7 +45,10 @@ class Originals:
             return
         place, dtype, shape = self._places[name]
         self._file.seek(place)
-        content = bytearray(self._file.read(shape.numel() * dtype.itemsize))
+        content = bytearray(shape.numel() * dtype.itemsize)
+        left = memoryview(content)
+        while read := self._file.readinto(left):
+            left = left[read:]
         weight.detach().copy_(torch.frombuffer(content, dtype=dtype).reshape(shape))
 
     @staticmethod

@@ -54,7 +54,7 @@ typedef struct {
     void *dormant;    /* the words that the mask leaves out, in the order of memory, or NULL; PENALIZE: all weights, read only, beside
                          gradients in `weight` */
     uint8_t *reached; /* PENALIZE, and KEEP_MASK: which weights a step may change; NULL for all */
-    int64_t held;     /* how many words are dormant */
+    int64_t held;     /* how many words are dormant; -1 where none are kept. `dormant` may be NULL where there are 0 */
     int64_t count, format, kind;
     int64_t n, m, inner;                                   /* N_OF_M and blocks: words from one member to the next */
     int64_t slow_size, slow_stride, fast_size, transposed; /* blocks: the two axes by stride; transposed where axis 1 is slow */
@@ -80,7 +80,7 @@ typedef struct {
 
 typedef struct {
     int64_t job, start, stop; /* in units of the job's kind; job -1 - g is the whole of group g */
-    int64_t offset;           /* KEEP_MASK and MERGE: dormant words in front of it */
+    int64_t offset, left;     /* KEEP_MASK and MERGE: dormant words in front of it and in it */
 } item_t;
 
 typedef struct {
@@ -212,12 +212,12 @@ static void separate(worker_t *worker, const job_t *job, int64_t start, int64_t 
         void *weight = at(job->weight, start, job->format);
         const uint8_t *mask = job->mask + start;
         uint64_t worst;
-        if (job->dormant) {
+        if (job->held > 0) {
             BY_SIZE(job->format, left =, gather_fast, word, (const word *)weight, mask, (word *)worker->values, length)
             memcpy(at(job->dormant, offset, job->format), worker->values, (size_t)(left * WORD_SIZE[job->format]));
             offset += left;
         }
-        if (job->dormant)
+        if (job->held > 0)
             BY_SIZE(job->format, worst =, separate, word, (word *)weight, mask, length)
         else
             BY_SIZE(job->format, worst =, separate_if_needed, word, (word *)weight, mask, length)
@@ -225,27 +225,29 @@ static void separate(worker_t *worker, const job_t *job, int64_t start, int64_t 
     }
 }
 
-/* Dormant words of a piece, with spare ones behind them. */
-static const uint64_t *words_of(worker_t *worker, const job_t *job, int64_t count, int64_t offset)
+/* Dormant words of a piece, with spare ones behind them; those of the next piece may be changing. */
+static const uint64_t *words_of(worker_t *worker, const job_t *job, const item_t *item)
 {
-    int64_t left = job->held - offset < count ? job->held - offset : count;
-    memcpy(worker->values, at(job->dormant, offset, job->format), (size_t)(left * WORD_SIZE[job->format]));
+    if (item->left > 0)
+        memcpy(worker->values, at(job->dormant, item->offset, job->format), (size_t)(item->left * WORD_SIZE[job->format]));
     return worker->values;
 }
 
-static void merge(worker_t *worker, const job_t *job, int64_t start, int64_t count, int64_t offset)
+static void merge(worker_t *worker, const job_t *job, const item_t *item)
 {
-    void *weight = at(job->weight, start, job->format);
-    const uint64_t *words = words_of(worker, job, count, offset);
-    BY_SIZE(job->format, , merge_fast, word, (word *)weight, job->mask + start, (const word *)words, count)
+    void *weight = at(job->weight, item->start, job->format);
+    const uint8_t *mask = job->mask + item->start;
+    const uint64_t *words = words_of(worker, job, item);
+    BY_SIZE(job->format, , merge_fast, word, (word *)weight, mask, (const word *)words, item->stop - item->start)
 }
 
 /* What a step may not have changed goes back to its dormant word. */
-static void restore(worker_t *worker, const job_t *job, int64_t start, int64_t count, int64_t offset)
+static void restore(worker_t *worker, const job_t *job, const item_t *item)
 {
-    void *weight = at(job->weight, start, job->format);
-    const uint64_t *words = words_of(worker, job, count, offset);
-    BY_SIZE(job->format, , restore, word, (word *)weight, job->mask + start, job->reached + start, (const word *)words, count)
+    void *weight = at(job->weight, item->start, job->format);
+    const uint8_t *mask = job->mask + item->start, *reached = job->reached + item->start;
+    const uint64_t *words = words_of(worker, job, item);
+    BY_SIZE(job->format, , restore, word, (word *)weight, mask, reached, (const word *)words, item->stop - item->start)
 }
 
 /* ---- N:M ---- */
@@ -607,8 +609,8 @@ static void run_item(worker_t *worker, const item_t *item)
     switch (job->kind) {
     case KEEP_MASK:
         if (job->reached)
-            restore(worker, job, item->start, count, item->offset);
-        if (job->dormant) /* else what lies outside the mask is lost in any case */
+            restore(worker, job, item);
+        if (job->held > 0) /* else what lies outside the mask is lost in any case */
             scale_dormant(work, job, item->start, count);
         separate(worker, job, item->start, count, item->offset);
         break;
@@ -626,7 +628,7 @@ static void run_item(worker_t *worker, const item_t *item)
         threshold_tile(worker, item->job, item->start, item->stop);
         break;
     default:
-        merge(worker, job, item->start, count, item->offset);
+        merge(worker, job, item);
     }
 }
 
@@ -662,7 +664,7 @@ static void units_of(const job_t *job, int64_t *units, int64_t *step)
 }
 
 /* Whether a job splits its weight into participating and dormant words. */
-static int splits(const job_t *job) { return job->dormant != NULL && job->write && job->kind != PENALIZE; }
+static int splits(const job_t *job) { return job->held >= 0 && job->write && job->kind != PENALIZE; }
 
 /* How many dormant words the masks of a job have by its kind alone; -1 where they have to be counted. */
 static int64_t known_dormant(const job_t *job)
@@ -693,7 +695,7 @@ static int plan(work_t *work)
         if (work->threads > 1 && count >= PARALLEL_SELECTION && count * work->threads > total)
             work->large[work->large_count++] = g;
         else
-            *item++ = (item_t){-1 - g, 0, 0, 0};
+            *item++ = (item_t){-1 - g, 0, 0, 0, 0};
     }
     for (int64_t j = 0; j < work->job_count; j++) {
         const job_t *job = &work->jobs[j];
@@ -709,9 +711,9 @@ static int plan(work_t *work)
         int counts = known < 0 && splits(job);
         for (int64_t start = 0; start < units; start += step) {
             int64_t stop = start + step < units ? start + step : units;
-            *item++ = (item_t){j, start, stop, offset};
-            if (counts)
-                offset += sparsefx_zeros(job->mask + start, stop - start);
+            int64_t left = counts ? sparsefx_zeros(job->mask + start, stop - start) : 0;
+            *item++ = (item_t){j, start, stop, offset, left};
+            offset += left;
         }
         if (splits(job) && job->held != (known < 0 ? offset : known))
             return -2;

@@ -188,7 +188,8 @@ class Batch:
         With ``reached``, which wants dormant values, ``KEEP`` and scale 1, what is neither in the mask nor reached first goes
         back to its dormant value.
         """
-        if record.compact is not None and write:
+        # With ``reached`` the values that are there are read first, and their number has to be the mask's.
+        if record.compact is not None and write and reached is None:
             record.make_room(_left_out(weight, record.mask, choice))
         self._add(weight, record.mask, record.compact, choice, write=write, scale=scale, reached=reached)
 
@@ -231,7 +232,7 @@ class Batch:
                 mask.data_ptr(),
                 0 if compact is None else compact.data_ptr(),
                 0 if reached is None else reached.data_ptr(),
-                0 if compact is None else compact.numel(),
+                -1 if compact is None else compact.numel(),
                 count,
                 _FORMATS[weight.dtype],
                 *choice,

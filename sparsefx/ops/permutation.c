@@ -44,13 +44,6 @@ static uint64_t draw(uint64_t *state)
     return z ^ (z >> 31);
 }
 
-/* Fills `values` with what each group keeps. */
-void sparsefx_group_values(const float *columns, int64_t rows, int64_t count, const int64_t *order, double *values)
-{
-    for (int64_t g = 0; g < count / 4; g++)
-        values[g] = kept_in(columns, rows, order + 4 * g);
-}
-
 /* Makes `moves` moves from one temperature to another, geometrically. `order` holds the column at each place, `values` what each
  * group keeps, `best` the best order so far with `best_sum`; all are brought up to date, and so is the random `state`. */
 void sparsefx_anneal(const float *columns, int64_t rows, int64_t count, int64_t *order, double *values, int64_t *best,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsefx.coupled_records import by_coupling, coupled_masks
+from sparsefx.dormant_values import expect_own_mask
 from sparsefx.errors import OptionError
 from sparsefx.ops import cuda_transposable, native
 from sparsefx.ops.masks_of_shards import choose_of_shards
@@ -34,8 +35,12 @@ def merge(
             nothing to put back.
         threads: of the CPU, for compiled kernels; None means torch's own number.
         compiled: False leaves everything to plain torch.
+
+    Raises:
+        StateError: a mask was changed without the dormant values beside it; no weight was changed.
     """
     batch = native.Batch()
+    rest: list[tuple[Tensor, SparseParameter]] = []
     compiled = compiled and native.available()
     for weight, record in zip(weights, records, strict=True):
         if record.compact is None:
@@ -43,10 +48,13 @@ def merge(
         if compiled and native.supports(weight, record.mask, record.compact):
             batch.merge(weight, record)
             continue
+        expect_own_mask(record.compact, record.mask)
+        rest.append((weight, record))
+    batch.run(threads)
+    for weight, record in rest:
         dormant = record.dormant
         assert dormant is not None
         weight.copy_(torch.where(record.mask, weight, dormant))
-    batch.run(threads)
 
 
 @torch.no_grad()

@@ -99,16 +99,19 @@ def test_mask_once_refuses_and_changes_nothing(options: dict[str, Any], error: t
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_full_disk_puts_everything_back() -> None:
-    model = net()
+@pytest.mark.parametrize("features", [48, 32])  # the second layer's 9216 bytes are more than a buffer takes, 4096 are less
+def test_a_full_disk_puts_everything_back(features: int) -> None:
+    model = nn.Sequential(nn.Linear(features, features), nn.Linear(features, features))
+    inputs = [batch[:, :features] for batch in batches()]
+    size = 4 * features * features
     before = [parameter.clone() for parameter in model.parameters()]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        # Room for the first layer's 9216 bytes, not for the second's.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (12000, limits[1]))
-        with pytest.raises(OptionError, match=r"the original weights, 9216 bytes .* File too large; .* set TMPDIR"):
-            sparsefx.sparsify(model, algorithm="sparsegpt", calibration=batches())
+        # Room for the first layer, not for the second.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 2000, limits[1]))
+        with pytest.raises(OptionError, match=rf"the original weights, {size} bytes .* File too large; .* set TMPDIR"):
+            sparsefx.sparsify(model, algorithm="sparsegpt", calibration=inputs)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

@@ -151,6 +151,23 @@ def test_two_readers_of_one_weight_and_of_one_value(tmp_path: Path) -> None:
     assert sum(node.op_type == "Pad" for node in graph.node) == 3  # x is padded once for both layers that read it
 
 
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(24, 24), lambda: nn.Conv2d(24, 24, 1)])
+def test_a_shared_pad_stands_in_front_of_the_first_layer_that_needs_it(tmp_path: Path, layer: Any) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = make_sparse(layer())
+            self.between = make_sparse(layer())
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.first(x)
+            return self.between(features) + self.first(features)
+
+    lower_onnx(Again(), torch.randn(3, 24, 5, 24), tmp_path / "m.onnx", pad_channels=True)
+    ops = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert ops.count("Pad") == 2  # the features are padded once for both layers that read them
+
+
 def test_a_weight_that_something_else_reads_stays(tmp_path: Path) -> None:
     class Read(nn.Module):
         def __init__(self) -> None:

@@ -28,14 +28,13 @@ def takes_a_bias(layer: nn.Linear | nn.modules.conv._ConvNd) -> bool:
         trial = copy.deepcopy(layer).to("cpu", torch.float64).eval()
         forward: Callable[..., Tensor] = type(trial).forward  # without the user's hooks
         if isinstance(trial, nn.Linear):
-            bias, given, shape = draw(trial.out_features), draw(2, trial.in_features), (-1,)
+            bias, given, places = draw(trial.out_features), draw(2, trial.in_features), []
         else:
             places = [(size - 1) * gap + 3 for size, gap in zip(trial.kernel_size, trial.dilation, strict=True)]
             bias, given = draw(trial.out_channels), draw(2, trial.in_channels, *places)
-            shape = (-1, *(1 for _ in places))
         before = forward(trial, given)
         trial._parameters["bias"] = nn.Parameter(bias)
-        return torch.allclose(forward(trial, given), before + bias.view(shape), rtol=1e-10, atol=1e-10)
+        return torch.allclose(forward(trial, given), before + bias.view(-1, *(1 for _ in places)), rtol=1e-10, atol=1e-10)
     except Exception:  # whatever the layer's own code raises on other inputs than those of its model
         return False
 

@@ -49,6 +49,7 @@ def couple_loaded(weights: Sequence[Tensor], records: Sequence[SparseParameter])
         ]
         masks = coupled_masks(dense, chosen, density) if masks is None else masks
         for value, whole, record, mask in zip(values, dense, chosen, masks, strict=True):
+            record.remember_mask()
             record.mask.copy_(mask)
             record.keep(whole)
             value.copy_(whole.masked_fill(~mask, 0))

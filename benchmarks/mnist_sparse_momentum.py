@@ -12,6 +12,7 @@ The whole data set stands in memory as one tensor and is shuffled by index. Resu
 as it ends; a second call runs only what is missing. ``--workers 2`` trains two runs side by side, each on one thread.
 
     python benchmarks/mnist_sparse_momentum.py --data FOLDER [--out results.json] [--seeds 3] [--models lenet300] [--epochs 100]
+        [--only sparse-momentum] [--densities 0.05 0.01]
 """
 
 from __future__ import annotations
@@ -137,12 +138,14 @@ def train(task: Task, folder: str, device: str) -> dict[str, Any]:
     return {**task._asdict(), "error": 100 * wrong / len(test_y), "weights": count, "seconds": time.perf_counter() - started}
 
 
-def tasks(models: list[str], seeds: int, epochs: int, only: set[str]) -> Iterator[Task]:
+def tasks(models: list[str], seeds: int, epochs: int, only: set[str], densities: set[float]) -> Iterator[Task]:
     for seed in range(seeds):
         for model in models:
             wanted = [("sparse-momentum", density) for density in PUBLISHED[model]]
             wanted += [(name, density) for density in BESIDE_DENSITIES for name in BESIDE] + [("dense", 1.0)]
-            yield from (Task(model, name, density, seed, epochs) for name, density in wanted if not only or name in only)
+            for name, density in wanted:
+                if (not only or name in only) and (not densities or density in densities):
+                    yield Task(model, name, density, seed, epochs)
 
 
 def write(results: dict[str, Any], path: Path) -> None:
@@ -180,6 +183,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--models", nargs="+", choices=tuple(PUBLISHED), default=list(PUBLISHED))
     parser.add_argument("--only", nargs="+", default=[], help="algorithms, dense among them")
+    parser.add_argument("--densities", nargs="+", type=float, default=[], help="of those in the table; 1 is the dense net's")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -187,7 +191,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     missing = [
         task
-        for task in tasks(arguments.models, arguments.seeds, arguments.epochs, set(arguments.only))
+        for task in tasks(arguments.models, arguments.seeds, arguments.epochs, set(arguments.only), set(arguments.densities))
         if task.key not in results
     ]
     print(f"device {arguments.device} ({platform.processor() or platform.machine()}), 1 thread a run, torch {torch.__version__}, "

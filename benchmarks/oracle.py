@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from benchmarks.oracle_graph import NotWrittenDown, WrittenDown
 from benchmarks.oracle_replay import Call, Product, Ranges, Recording, TooLarge, run
 
 CONFIRMED = 1e-6
 """Largest difference of outputs that is none; parts of some models compute in float32."""
-Probe = Generator[Tensor, Tensor, None]
-"""Yields rows to disturb (bool [K]), is sent what they reach (bool [targets])."""
+Probe = Generator[tuple[Tensor, Tensor], Tensor, None]
+"""Yields rows to disturb (bool [K]) and the targets it asks about (bool [targets]), is sent which of them the rows reach."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Oracle:
         self._deadline = time.process_time() + seconds
         self._model = model
         self._calls = calls
-        self._recording = Recording(self._model, calls[0])
+        self._recording = _recorded(self._model, calls[0])
         self._products = self._recording.products
         parameters = dict(self._model.named_parameters())
         self._weights = {product.weight: parameters[product.weight].detach() for product in self._products}
@@ -120,19 +121,26 @@ class Oracle:
 
     # What reaches what.
 
-    def _reach(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """Which targets a disturbance reaches: outputs first, then inputs of weights; bool [targets]."""
+    def _reach(self, rows: Mapping[str, Tensor], wanted: Tensor | None = None) -> Tensor:
+        """Which targets (of those asked about) a disturbance reaches: outputs first, then inputs of weights; bool [targets]."""
         if time.process_time() > self._deadline:
             raise TooLarge(f"not done after {self._runs} runs")
         self._runs += 1
-        changed, outputs = self._recording.disturb(rows)
+        if isinstance(self._recording, Recording):
+            changed, outputs = self._recording.disturb(rows)
+        else:
+            asked = None if wanted is None else ([wanted[self._inputs(one)] for one in self._products], bool(wanted[0]))
+            changed, outputs = self._recording.disturb(rows, asked)
         found = torch.zeros(self._count, dtype=torch.bool)
         found[0] = outputs
         for product, channels in zip(self._products, changed, strict=True):
             if channels is not None:
-                first = self._targets[product.weight].start + product.columns.start
-                found[first : first + len(product.columns)] |= channels
-        return found
+                found[self._inputs(product)] |= channels
+        return found if wanted is None else found & wanted
+
+    def _inputs(self, product: Product) -> slice:
+        first = self._targets[product.weight].start + product.columns.start
+        return slice(first, first + len(product.columns))
 
     def _couple(self) -> None:
         sizes = {name: part.stop - part.start for name, part in self._rows.items()}
@@ -153,6 +161,7 @@ class Oracle:
                 size = sizes[name]
                 column = torch.arange(size) // (size // product.groups)
                 self._join(self._rows[name].start + torch.arange(size), self._targets[name].start + column)
+        self._root(torch.arange(len(self._parent)))
 
     def _by_bits(self, numbers: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Of each target, the one number of the channels that reach it, where all of them have the same number."""
@@ -174,7 +183,7 @@ class Oracle:
             rows, wanted = pending.pop()
             found = []
             for place in dict.fromkeys((0, len(rows) - 1, len(rows) // 3)):
-                reached = (yield _mask(size, rows[place])) & wanted
+                reached = yield _mask(size, rows[place]), wanted
                 self._connect(name, rows[place], reached)
                 found.append(reached)
                 if not torch.equal(reached, wanted):
@@ -188,8 +197,8 @@ class Oracle:
                 # Others stood in the way of numbers, other layers or the rest of this one; these alone may have them.
                 unique, index = wanted.clone(), torch.zeros(self._count, dtype=torch.int64)
                 for bit in range((len(rows) - 1).bit_length()):
-                    ones = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 1])
-                    zeros = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 0])
+                    ones = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 1]), wanted
+                    zeros = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 0]), wanted
                     unique &= ones ^ zeros
                     index += ones.long() << bit
                 self._pair(self._rows[name].start + rows[index[unique]], unique.nonzero().flatten())
@@ -198,7 +207,7 @@ class Oracle:
                     continue
             middle = _middle(int(rows[0]), int(rows[-1]))
             for half in (rows[rows < middle], rows[rows >= middle]):
-                reached = (yield _mask(size, half)) & wanted
+                reached = yield _mask(size, half), wanted
                 if reached.any():
                     pending.append((half, reached))
 
@@ -211,10 +220,11 @@ class Oracle:
                 if not (taken & whole[name]).any():
                     chosen.append(name)
                     taken |= whole[name]
-            reached = self._reach({name: asked[name] for name in chosen})
+            wanted = torch.stack([asked[name][1] for name in chosen]).any(0)
+            reached = self._reach({name: asked[name][0] for name in chosen}, wanted)
             for name in chosen:
                 try:
-                    asked[name] = probes[name].send(reached & whole[name])
+                    asked[name] = probes[name].send(reached & asked[name][1])
                 except StopIteration:
                     del asked[name]
 
@@ -235,14 +245,20 @@ class Oracle:
     def _join(self, first: Tensor, second: Tensor) -> None:
         """Make one class of each pair."""
         while True:
-            while not torch.equal(self._parent, above := self._parent[self._parent]):
-                self._parent = above
-            one, other = self._parent[first], self._parent[second]
+            one, other = self._root(first), self._root(second)
             different = one != other
             if not different.any():
                 return
             # Of several pairs with one larger root only one is written: the others are different in the next round.
             self._parent[torch.maximum(one, other)[different]] = torch.minimum(one, other)[different]
+
+    def _root(self, members: Tensor) -> Tensor:
+        """The smallest of each one's class, which is written down as its parent."""
+        root = self._parent[members]
+        while not torch.equal(root, above := self._parent[root]):
+            root = above
+        self._parent[members] = root
+        return root
 
     # What is constant, and what is needed.
 
@@ -261,8 +277,7 @@ class Oracle:
             run(exact, _double(call), note, exact=True)
         constant = torch.ones(len(self._parent), dtype=torch.bool)
         for number, product in enumerate(self._products):
-            first = self._targets[product.weight].start + product.columns.start
-            constant[first : first + len(product.columns)] &= ranges[0].constant(number)
+            constant[self._inputs(product)] &= ranges[0].constant(number)
             first = self._rows[product.weight].start + product.rows.start
             constant[first : first + len(product.rows)] &= ranges[1].constant(number)
         return constant
@@ -394,6 +409,13 @@ class Oracle:
             if finite.any():
                 worst = max(worst, float((one - other)[finite].abs().max() / other[finite].abs().max().clamp_min(1e-30)))
         return worst
+
+
+def _recorded(model: nn.Module, call: Call) -> Recording | WrittenDown:
+    try:
+        return WrittenDown(model, call)
+    except NotWrittenDown:
+        return Recording(model, call)
 
 
 def _nonzero(weight: Tensor, product: Product) -> Tensor:

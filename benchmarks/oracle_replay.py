@@ -51,11 +51,10 @@ class Product:
     inputs: int
 
 
-class _Mode(TorchDispatchMode):
-    """Gives every product with a parameter to a function instead, with its number among them."""
+class ProductFinder:
+    """Tells which calls are products with a parameter of a model."""
 
-    def __init__(self, model: nn.Module, handle: Callable[[int, Product, Any, tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module) -> None:
         # Recurrent layers are one op each: a product of every step is not what is cut.
         steps = {
             id(parameter) for module in model.modules() if isinstance(module, nn.RNNBase) for parameter in module.parameters()
@@ -65,18 +64,9 @@ class _Mode(TorchDispatchMode):
             for name, parameter in model.named_parameters()
             if id(parameter) not in steps
         }
-        self._handle = handle
-        self._count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        product = self._product(func, args)
-        if product is None:
-            return func(*args, **kwargs)
-        self._count += 1
-        return self._handle(self._count - 1, product, func, args, kwargs)
-
-    def _product(self, func: Any, args: tuple[Any, ...]) -> Product | None:
+    def find(self, func: Any, args: tuple[Any, ...]) -> Product | None:
+        """The product that this call is, or None."""
         if func is torch.ops.aten.convolution.default:
             weight, transposed, groups = args[1], args[6], args[8]
             name, parameter = self._parameters.get(weight.untyped_storage().data_ptr(), ("", None))
@@ -108,6 +98,45 @@ class _Mode(TorchDispatchMode):
         else:
             return None
         return Product(name, rows, columns, out_axis, 1 - out_axis, 1, 1, inputs)
+
+
+class _Mode(TorchDispatchMode):
+    """Gives every product with a parameter to a function instead, with its number among them."""
+
+    def __init__(self, model: nn.Module, handle: Callable[[int, Product, Any, tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
+        super().__init__()
+        self._finder = ProductFinder(model)
+        self._handle = handle
+        self._count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        product = self._finder.find(func, args)
+        if product is None:
+            return func(*args, **kwargs)
+        self._count += 1
+        return self._handle(self._count - 1, product, func, args, kwargs)
+
+
+def size_of_noise(made: Tensor) -> float:
+    """Far beyond what is usual for the output of a product, so that it gets through thresholds."""
+    return 30 * float(made.std(correction=0)) + 10
+
+
+def disturbed(made: Tensor, product: Product, mine: Tensor, size: float, generator: torch.Generator) -> Tensor:
+    """The output of a product with noise, all of the sign of ``size``, on some channels of it."""
+    changed = made.clone()
+    turned = changed.movedim(product.channel, 0)
+    noise = torch.rand(int(mine.sum()), *turned.shape[1:], generator=generator, dtype=made.dtype) + 1
+    turned[mine] += noise * size
+    return changed
+
+
+def changed_channels(given: Tensor, before: Tensor, product: Product) -> Tensor:
+    """Which channels of a product's input are not what they were; bool [C]."""
+    others = [axis for axis in range(given.dim()) if axis != product.channel % given.dim()]
+    changed = given != before
+    return changed.any(others) if others else changed
 
 
 def _by_channel(tensor: Tensor, axis: int) -> Tensor:
@@ -163,6 +192,7 @@ class Recording:
         self.products: list[Product] = []
         self._inputs: list[Tensor] = []
         self._made: list[Tensor] = []
+        self._sizes: list[float] = []
         self._bytes = 0
         self._outputs = run(model, call, self._record)
         self._generator = torch.Generator().manual_seed(1)
@@ -172,6 +202,7 @@ class Recording:
         self.products.append(product)
         self._inputs.append(args[product.inputs].clone())
         self._made.append(made.clone())
+        self._sizes.append(size_of_noise(made))
         self._bytes += 4 * (made.numel() + args[product.inputs].numel())
         if self._bytes > LARGEST_RECORD:
             raise TooLarge("its activations do not fit")
@@ -206,21 +237,27 @@ class Recording:
             if given.shape != before.shape:
                 raise RuntimeError("the model takes another way")
             if not torch.equal(given, before):
-                changed = (_by_channel(given, product.channel) != _by_channel(before, product.channel)).any(1)
+                changed = changed_channels(given, before, product)
                 earlier = found[number]
                 found[number] = changed if earlier is None else changed | earlier
-            made = self._made[number].clone()
+            made = self._made[number]
             chosen = rows.get(product.weight)
             if chosen is not None and (mine := chosen[product.rows.start : product.rows.stop]).any():
-                # Far beyond what is usual, so that it gets through thresholds.
-                noise = (torch.rand(made.shape, generator=self._generator, dtype=made.dtype) + 1) * (
-                    30 * made.std(correction=0) + 10
-                )
-                moved = made.movedim(product.channel, -1)
-                moved += sign * noise.movedim(product.channel, -1) * mine
-            return made
+                return disturbed(made, product, mine, sign * self._sizes[number], self._generator)
+            return made.clone()
 
         return replay
 
 
-__all__ = ["Call", "Product", "Ranges", "Recording", "TooLarge", "run"]
+__all__ = [
+    "Call",
+    "Product",
+    "ProductFinder",
+    "Ranges",
+    "Recording",
+    "TooLarge",
+    "changed_channels",
+    "disturbed",
+    "run",
+    "size_of_noise",
+]

@@ -1,0 +1,217 @@
+"""Runs a model again and again with its products disturbed, and computes only what a disturbance reaches.
+
+The ops of one run are written down, without mutation, and their results kept. A disturbance of a product's output is followed
+from op to op as they stand; what gives the same as before is not followed further, and neither are products. It is what
+`oracle_replay.Recording` finds by running the whole model, in a fraction of the time, for models whose ops can be written down.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from benchmarks.oracle_replay import Call, Product, ProductFinder, changed_channels, disturbed, run, size_of_noise
+
+LARGEST_VALUES = 8 * 2**30
+"""Bytes of results beyond which they are not kept."""
+
+
+Wanted = tuple[Sequence[Tensor], bool]
+"""Channels of each product's input that are asked for (bool [C]), and whether the outputs are."""
+
+
+class NotWrittenDown(Exception):
+    """The ops of a model cannot be written down, or do not fit into memory."""
+
+
+class WrittenDown:
+    """One run of a model by its ops.
+
+    Args:
+        model: in eval mode; not changed.
+        call: its arguments.
+
+    Raises:
+        NotWrittenDown: use `oracle_replay.Recording`.
+    """
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        leaves, spec = tree_flatten(call)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        def function(*tensors: Tensor) -> list[Tensor]:
+            given = list(leaves)
+            for place, tensor in zip(places, tensors, strict=True):
+                given[place] = tensor
+            args, kwargs = tree_unflatten(given, spec)
+            return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+        tensors = [leaves[place] for place in places]
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            torch.manual_seed(0)
+            with torch.no_grad():
+                module = make_fx(functionalize(function))(*tensors)
+        except Exception as error:  # whatever code does that can run but cannot be traced
+            raise NotWrittenDown(f"{type(error).__name__}: {error}") from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+        self._nodes = list(module.graph.nodes)
+        self._order = {node: number for number, node in enumerate(self._nodes)}
+        self._values: dict[fx.Node, Any] = {}
+        self._products: dict[fx.Node, int] = {}
+        self.products: list[Product] = []
+        self._sizes: list[float] = []
+        self._of: dict[str, list[fx.Node]] = {}
+        self._generator = torch.Generator().manual_seed(1)
+        self._fill(module, tensors, ProductFinder(model))
+        self._compare(model, call)
+        self._ends: dict[fx.Node, int] = {}
+        for node in reversed(self._nodes):
+            self._ends[node] = self._ends_of(node)
+
+    def disturb(self, rows: Mapping[str, Tensor], wanted: Wanted | None = None) -> tuple[list[Tensor | None], bool]:
+        """As `Recording.disturb`, which finds more than is wanted; what leads nowhere else is not computed."""
+        found: list[Tensor | None] = [None] * len(self.products)
+        outputs = False
+        for sign in (1, -1):
+            open_ends = self._open_ends(found, outputs, wanted)
+            made: dict[fx.Node, Any] = {}
+            for name, chosen in rows.items():
+                for node in self._of.get(name, ()):
+                    number = self._products[node]
+                    product = self.products[number]
+                    mine = chosen[product.rows.start : product.rows.stop]
+                    if mine.any() and self._ends[node] & open_ends:
+                        made[node] = disturbed(self._values[node], product, mine, sign * self._sizes[number], self._generator)
+            outputs |= self._follow(made, found, open_ends)
+        return found, outputs
+
+    def _open_ends(self, found: Sequence[Tensor | None], outputs: bool, wanted: Wanted | None) -> int:
+        """The products, and the outputs, of which not all that is wanted was found: a bit each."""
+        ends = 0
+        for number, (product, seen) in enumerate(zip(self.products, found, strict=True)):
+            channels = torch.ones(len(product.columns), dtype=torch.bool) if wanted is None else wanted[0][number]
+            if bool((channels if seen is None else channels & ~seen).any()):
+                ends |= 1 << number
+        return ends | (not outputs and (wanted is None or wanted[1])) << len(self.products)
+
+    def _follow(self, made: dict[fx.Node, Any], found: list[Tensor | None], open_ends: int) -> bool:
+        """Compute what these values reach, as far as products; whether an output is among it."""
+        pending = {user for node in made for user in node.users}
+        # Ops stand in an order in which they can be computed.
+        for node in self._nodes[min((self._order[node] for node in pending), default=len(self._nodes)) :]:
+            if node not in pending:
+                continue
+            if node.op == "output":
+                return True
+            number = self._products.get(node)
+            if number is not None:
+                given = node.args[self.products[number].inputs]
+                if given in made:
+                    changed = changed_channels(made[given], self._values[given], self.products[number])  # type: ignore[index]
+                    earlier = found[number]
+                    found[number] = changed if earlier is None else changed | earlier
+            elif self._ends[node] & open_ends:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda one: made.get(one, self._values[one]))  # type: ignore[arg-type]
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+                if not _equal(value, self._values[node]):
+                    made[node] = value
+                    pending.update(node.users)
+        return False
+
+    def _ends_of(self, node: fx.Node) -> int:
+        """The products that an op's result goes into without another in between, and the outputs: a bit each."""
+        ends = 0
+        for user in node.users:
+            number = self._products.get(user)
+            if user.op == "output":
+                ends |= 1 << len(self.products)
+            elif number is None:
+                ends |= self._ends[user]
+            elif user.args[self.products[number].inputs] is node:
+                ends |= 1 << number
+        return ends
+
+    def _fill(self, module: fx.GraphModule, tensors: list[Tensor], finder: ProductFinder) -> None:
+        given = iter(tensors)
+        storages: dict[int, int] = {}
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for node in self._nodes:
+                if node.op == "placeholder":
+                    value: Any = next(given)
+                elif node.op == "get_attr":
+                    value = getattr(module, str(node.target))
+                elif node.op == "call_function":
+                    value = self._first(node, finder)
+                else:
+                    continue
+                self._values[node] = value
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, Tensor):
+                        storage = leaf.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
+                if sum(storages.values()) > LARGEST_VALUES:
+                    raise NotWrittenDown("its results do not fit")
+
+    def _first(self, node: fx.Node, finder: ProductFinder) -> Any:
+        if node.target is torch.ops.aten.as_strided_.default and len(node.all_input_nodes[0].users) == 1:
+            # Pooling gives its result other strides; no one else sees it.
+            node.target = torch.ops.aten.as_strided.default
+        func: Callable[..., Any] = node.target  # type: ignore[assignment]
+        if func is not operator.getitem and (not isinstance(func, torch._ops.OpOverload) or func._schema.is_mutable):
+            raise NotWrittenDown(f"{func} changes what it is given")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)  # type: ignore[arg-type]
+        product = finder.find(func, args)
+        if product is not None:
+            self._products[node] = len(self.products)
+            self.products.append(product)
+            self._of.setdefault(product.weight, []).append(node)
+        made = func(*args, **kwargs)
+        if product is not None:
+            self._sizes.append(size_of_noise(made))
+        return made
+
+    def _compare(self, model: nn.Module, call: Call) -> None:
+        """The ops as written down have to compute what the model does, through the same products."""
+        products: list[Product] = []
+
+        def note(number: int, product: Product, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            products.append(product)
+            made: Tensor = func(*args, **kwargs)
+            return made
+
+        expected = run(model, call, note)
+        outputs = [self._values[node] for node in tree_leaves(self._nodes[-1].args) if isinstance(node, fx.Node)]
+        # A bias may be added by an op of its own here: another argument is the input, and sums round differently.
+        if [replace(product, inputs=0) for product in products] != [replace(product, inputs=0) for product in self.products]:
+            raise NotWrittenDown("its products are others")
+        if len(outputs) != len(expected) or not all(map(_close, outputs, expected)):
+            raise NotWrittenDown("its outputs are others")
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or not first.is_floating_point() or not first.numel():
+        return torch.equal(first, second)
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(second.abs().nan_to_num(0).max()), equal_nan=True)
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, tuple | list):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return bool(first == second)
+
+
+__all__ = ["NotWrittenDown", "Wanted", "WrittenDown"]

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from benchmarks.oracle_filling import Filling, double
 from benchmarks.oracle_graph import NotWrittenDown, WrittenDown
 from benchmarks.oracle_replay import Call, Product, Ranges, Recording, TooLarge, run
 
@@ -105,19 +105,59 @@ class Oracle:
         self._couple()
         observed = self._observe()
         constant = self._constants(observed)
+        still = {name: constant[part.start : part.stop] for name, part in self._rows.items()}
+        filling = Filling(self._model, self._calls[0])
         needed = self._needed(constant)
-        rows = {name: ~needed[self._parent[part.start : part.stop]] for name, part in self._rows.items()}
-        columns = {name: ~needed[self._parent[part.start : part.stop]] for name, part in self._targets.items()}
-        difference = self._difference(rows, columns, constant)
+        rows, columns = self._free(needed)
+        difference = filling.difference(rows, self._known(columns, constant))
         confirmed = "all"
         if difference > CONFIRMED:
             # Two constants that are multiplied, say zero by zero in attention, go well but give noise by noise.
-            still = {name: constant[part.start : part.stop] for name, part in self._rows.items()}
-            difference = self._difference({name: rows[name] & ~still[name] for name in rows}, columns, constant)
+            rows = {name: rows[name] & ~still[name] for name in rows}
+            difference = filling.difference(rows, self._known(columns, constant))
             confirmed = "what is no constant"
+        if difference > CONFIRMED:
+            # So do two that are none, where each hides the other on this input: of such, one stays.
+            needed = self._needed(constant, self._matters(rows, self._known(columns, constant), filling))
+            rows, columns = self._free(needed)
+            rows = {name: rows[name] & ~still[name] for name in rows}
+            difference = filling.difference(rows, self._known(columns, constant))
+            confirmed = "what is no constant, one kept of what hides each other"
         stays = self._filled(needed)
         removable = {name: self._removable(name, stays) for name in rows}
-        return Verdict(rows, columns, {n: p.groups for n, p in self._of.items()}, removable, difference, confirmed, self._runs)
+        runs = self._runs + filling.runs
+        return Verdict(rows, columns, {n: p.groups for n, p in self._of.items()}, removable, difference, confirmed, runs)
+
+    def _free(self, needed: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Which rows and columns can go when these classes stay."""
+        return (
+            {name: ~needed[self._parent[part.start : part.stop]] for name, part in self._rows.items()},
+            {name: ~needed[self._parent[part.start : part.stop]] for name, part in self._targets.items()},
+        )
+
+    def _known(self, columns: Mapping[str, Tensor], constant: Tensor) -> dict[str, Tensor]:
+        return {name: columns[name] & constant[part.start : part.stop] for name, part in self._targets.items()}
+
+    def _matters(self, rows: Mapping[str, Tensor], known: Mapping[str, Tensor], filling: Filling) -> Tensor:
+        """Classes that go alone but not with all others that go, found by halves; roots."""
+        roots = torch.cat([self._parent[self._rows[name]][free] for name, free in rows.items()])
+        pending = [roots.unique()]
+        going = torch.zeros(len(self._parent), dtype=torch.bool)
+        left = []
+        while pending:
+            if time.process_time() > self._deadline:
+                raise TooLarge(f"not done after {self._runs + filling.runs} runs")
+            tried = pending.pop()
+            with_it = going.clone()
+            with_it[tried] = True
+            chosen = {name: free & with_it[self._parent[self._rows[name]]] for name, free in rows.items()}
+            if filling.difference(chosen, known) <= CONFIRMED:
+                going = with_it
+            elif len(tried) == 1:
+                left.append(tried)
+            else:
+                pending += tried.chunk(2)
+        return torch.cat(left)
 
     # What reaches what.
 
@@ -274,7 +314,7 @@ class Oracle:
             return made
 
         for call in self._calls:
-            run(exact, _double(call), note, exact=True)
+            run(exact, double(call), note, exact=True)
         constant = torch.ones(len(self._parent), dtype=torch.bool)
         for number, product in enumerate(self._products):
             constant[self._inputs(product)] &= ranges[0].constant(number)
@@ -316,9 +356,11 @@ class Oracle:
     def _is_depthwise(self, product: Product) -> bool:
         return product.groups > 1 and self._weights[product.weight].shape[1] == 1
 
-    def _needed(self, constant: Tensor) -> Tensor:
+    def _needed(self, constant: Tensor, also: Tensor | None = None) -> Tensor:
         """Which classes have to stay, by root."""
         needed = torch.zeros(len(self._parent), dtype=torch.bool)
+        if also is not None:
+            needed[also] = True
         needed[self._parent[0]] = True
         # What no layer reaches comes from the model's inputs or from elsewhere, and cannot be cut there.
         unreached = ~self._reached[1:]
@@ -373,43 +415,6 @@ class Oracle:
             left = groups * max(1, int(rows.sum(1).max())) * max(1, int(columns.sum(1).max()))
         return weight.numel() - left * (weight.numel() // (rows.numel() * weight.shape[product.in_axis]))
 
-    def _difference(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor], constant: Tensor) -> float:
-        """Fill what can go with noise, constants put in where they are read."""
-        exact = copy.deepcopy(self._model).double()
-        call = _double(self._calls[0])
-        values: list[Tensor] = []
-
-        def plain(number: int, product: Product, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            values.append(args[product.inputs].movedim(product.channel, 0).flatten(1)[:, 0].clone())
-            made: Tensor = func(*args, **kwargs)
-            return made
-
-        def noisy(number: int, product: Product, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            name, axis = product.weight, product.channel
-            given = args[product.inputs].clone()
-            here = slice(product.columns.start, product.columns.stop)
-            known = columns[name][here] & constant[self._targets[name].start : self._targets[name].stop][here]
-            moved = given.movedim(axis, -1)
-            moved[..., known] = values[number][known]
-            made: Tensor = func(*args[: product.inputs], given, *args[product.inputs + 1 :], **kwargs)
-            chosen = rows[name][product.rows.start : product.rows.stop]
-            turned = made.movedim(axis, -1)
-            turned[..., chosen] = torch.randn(turned[..., chosen].shape, dtype=turned.dtype) * (1 + made.std(correction=0))
-            return made
-
-        expected = run(exact, call, plain, exact=True)
-        found = run(exact, call, noisy, exact=True)
-        self._runs += 4
-        worst = 0.0
-        for one, other in zip(found, expected, strict=True):
-            if not one.is_floating_point():
-                worst = max(worst, 0.0 if torch.equal(one, other) else 1.0)
-                continue
-            finite = torch.isfinite(other)
-            if finite.any():
-                worst = max(worst, float((one - other)[finite].abs().max() / other[finite].abs().max().clamp_min(1e-30)))
-        return worst
-
 
 def _recorded(model: nn.Module, call: Call) -> Recording | WrittenDown:
     try:
@@ -436,11 +441,6 @@ def _middle(first: int, last: int) -> int:
 def _mask(size: int, rows: Tensor) -> Tensor:
     made = torch.zeros(size, dtype=torch.bool)
     made[rows] = True
-    return made
-
-
-def _double(call: Call) -> Call:
-    made: Call = tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, call)
     return made
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.oracle import Oracle, Verdict
+from benchmarks.oracle_graph import NotWrittenDown, WrittenDown
+from benchmarks.oracle_replay import Recording
 from tests.channel_pruning import IMAGE, Around, empty
 
 
@@ -100,3 +103,61 @@ def test_a_bare_column_has_one_output() -> None:
     verdict = _verdict(model, 5, 4)
     assert _numbers(verdict.rows["first.weight"]) == [2]
     assert verdict.removable == {"first.weight": 4, "column": 1, "last.weight": 2}
+
+
+def _hides(m: nn.Module, x: Tensor) -> Tensor:
+    # Of channel 0 both are below zero on whatever comes in here: each could be anything, but not both.
+    q, k = torch.relu(m.q(x) / 10 - m.mark), torch.relu(m.k(x) / 10 - m.mark)  # type: ignore[operator]
+    made: Tensor = m.out(q * k)  # type: ignore[operator]
+    return made
+
+
+def test_of_two_that_hide_each_other_one_stays() -> None:
+    model = Around(_hides, q=nn.Linear(6, 4), k=nn.Linear(6, 4), out=nn.Linear(4, 3))
+    model.register_buffer("mark", torch.tensor([0.25, 0.0, 0.0, 0.0]))
+    verdict = _verdict(model, 2000, 6)
+    assert [_numbers(verdict.rows[name]) for name in ("q.weight", "k.weight")] in ([[0], []], [[], [0]])
+
+
+class _Shortcut(nn.Module):
+    """In-place ops, a slice written into, pooling, a norm over channels, a product of every place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1, groups=2)
+        self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.first(x))
+        y = self.second(x)
+        y[:, 2:4] += x[:, :2]
+        x = F.adaptive_avg_pool2d(x + y, (2, 1)).flatten(2).transpose(1, 2)
+        made: Tensor = self.last(self.norm(x))
+        return made
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ops_written_down_find_what_running_the_model_finds(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = _Shortcut().eval()
+    call = ((torch.randn(IMAGE),), {})
+    written, recording = WrittenDown(model, call), Recording(model, call)
+    assert [product.weight for product in written.products] == [product.weight for product in recording.products]
+    generator = torch.Generator().manual_seed(seed)
+    for name in ("first.weight", "second.weight", "last.weight"):
+        rows = {name: torch.rand(model.get_parameter(name).shape[0], generator=generator) < 0.4}
+        (one, reached), (other, expected) = written.disturb(rows), recording.disturb(rows)
+        assert reached == expected
+        nothing = [torch.zeros(len(product.columns), dtype=torch.bool) for product in written.products]
+        filled = [[n if f is None else f for f, n in zip(found, nothing, strict=True)] for found in (one, other)]
+        assert all(map(torch.equal, *filled))
+        # What is not asked for is not looked at.
+        assert written.disturb(rows, (nothing, False)) == ([None] * len(nothing), False)
+
+
+def test_code_that_looks_at_values_is_not_written_down() -> None:
+    model = Around(lambda m, x: m.a(x) if x.sum() > 0 else m.b(x), a=nn.Linear(4, 2), b=nn.Linear(4, 2))
+    with pytest.raises(NotWrittenDown):
+        WrittenDown(model.eval(), ((torch.ones(3, 4),), {}))
+    verdict = Oracle(model, (((torch.ones(3, 4),), {}), ((torch.ones(3, 4),), {})), 60.0).verdict()
+    assert set(verdict.rows) == {"a.weight"}

@@ -39,8 +39,8 @@ def examine(case: Case, oracle_seconds: float) -> dict[str, Any]:
         oracle_seconds: of the processor's time, after which a part is given up by the oracle.
 
     Returns:
-        ``parts``, each with ``errors`` by dtype, parameters before and after, what the ``oracle`` says, why channels had to
-        stay; ``ok`` where every error is within its bar.
+        ``parts``, each with ``errors`` by dtype, the ``rounding`` of the unpruned model in float32, parameters before and after,
+        what the ``oracle`` says, why channels had to stay; ``ok`` where every error is within its bar.
     """
     start = time.perf_counter()
     result: dict[str, Any] = {"library": case.library, "name": case.name, "family": case.family, "parts": [], "ok": True}
@@ -112,15 +112,17 @@ def _examine_part(
     model: nn.Module, inputs: Any, plan: ChannelPlan, generator: torch.Generator, oracle_seconds: float
 ) -> dict[str, Any]:
     others = _like(inputs, generator)
-    errors = {}
+    errors, expected = {}, {}
     for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
         whole = copy.deepcopy(model).to(dtype)
         pruned = sparsefx.apply_channel_plan(whole, plan)
-        errors[name] = _difference(_outputs(pruned, others, dtype), _outputs(whole, others, dtype))
+        expected[name] = _outputs(whole, others, dtype)
+        errors[name] = _difference(_outputs(pruned, others, dtype), expected[name])
         del whole, pruned
     report = plan.report
     return {
         "errors": errors,
+        "rounding": _difference(expected["float32"], expected["float64"]),
         "parameters": report.parameters,
         "removed": report.parameters - report.parameters_after,
         "operations": report.operations,

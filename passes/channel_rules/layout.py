@@ -164,6 +164,9 @@ def _joined(propagation: Propagation, node: fx.Node, given: list[Value], axis: i
         joined = spread(given[0].labels, given[0].shape, others).take([0], axis=axis)
         for value in given:
             propagation.labels.union(joined, spread(value.labels, value.shape, others))
+    elif all(map(propagation.is_unknown, given)):
+        # Of inputs of the model, say: all stay, and one label is enough to say so.
+        joined = max((value.labels for value in given), key=np.any).reshape((1,) * len(shape))
     else:
         joined = np.concatenate([spread(value.labels, value.shape, frozenset((axis,))) for value in given], axis=axis)
         found = propagation.labels.find(joined)

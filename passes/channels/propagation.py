@@ -34,6 +34,7 @@ class Propagation:
         self.training = False
         self.uses: dict[tuple[str, bool], int] = {}
         self._values: dict[fx.Node, Any] = {}
+        self._unknown: set[int] = {PINNED}
 
     def follow(self, captured: ChannelGraph, progress: Callable[[int], None] | None = None) -> None:
         """Interpret every node of a graph, in order."""
@@ -92,6 +93,7 @@ class Propagation:
         Its one label is pinned for this reason, which is then also that of all channels that meet it.
         """
         label = self.labels.fresh(1)
+        self._unknown.add(int(label[0]))
         self.pin_labels(label, reason, module_path(node))
 
         def made(leaf: Any) -> Any:
@@ -101,6 +103,10 @@ class Propagation:
             return Value(tuple(int(size) for size in leaf.shape), label.reshape((1,) * rank), nothing_known(rank))
 
         return tree_map(made, node.meta.get("val"))
+
+    def is_unknown(self, value: Value) -> bool:
+        """Whether this is what `unknown_of` made, as it was made or changed in its shape: nothing of it can be removed."""
+        return value.labels.size == 1 and int(value.labels.flat[0]) in self._unknown
 
     def pin_all(self, node: fx.Node, reason: str) -> None:
         """Pin the channels of every input of a node."""

@@ -77,3 +77,19 @@ def test_heads_go_where_a_table_along_their_channels_is_multiplied_with_them() -
     small, _ = pruned(model, torch.randn(2, 5, 8))
     assert widths(small)["first.weight"] == (12, 8)
     assert small.get_buffer("angles").shape == (4,)
+
+
+def test_inputs_that_make_one_batch_do_not_keep_the_layer_that_reads_them() -> None:
+    def forward(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        one, other = m.last(torch.relu(m.first(torch.cat([x, y])))).chunk(2)  # type: ignore[operator]
+        made: Tensor = one * other
+        return made
+
+    model = Around(forward, first=nn.Conv2d(3, 6, 3, padding=1), last=nn.Conv2d(6, 2, 1))
+    empty(model.get_parameter("first.weight"), 1, 2)
+    images = (torch.randn(IMAGE), torch.randn(IMAGE))
+    plan = sparsefx.channel_plan(filled(model), images, multiple=1)
+    small = sparsefx.apply_channel_plan(model, plan)
+    assert plan.report.refused == ()
+    assert small.get_submodule("first").out_channels == 4
+    torch.testing.assert_close(small(*images), model(*images), rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ from op to op as they stand; what gives the same as before is not followed furth
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -46,13 +47,16 @@ class WrittenDown:
     def __init__(self, model: nn.Module, call: Call) -> None:
         leaves, spec = tree_flatten(call)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        # Code that keeps what it computes must not keep what stands for tensors while ops are written down.
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        copied = copy.deepcopy(model, shared)
 
         def function(*tensors: Tensor) -> list[Tensor]:
             given = list(leaves)
             for place, tensor in zip(places, tensors, strict=True):
                 given[place] = tensor
             args, kwargs = tree_unflatten(given, spec)
-            return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            return [leaf for leaf in tree_leaves(copied(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
         tensors = [leaves[place] for place in places]
         fast = torch.backends.mha.get_fastpath_enabled()

@@ -161,3 +161,22 @@ def test_code_that_looks_at_values_is_not_written_down() -> None:
         WrittenDown(model.eval(), ((torch.ones(3, 4),), {}))
     verdict = Oracle(model, (((torch.ones(3, 4),), {}), ((torch.ones(3, 4),), {})), 60.0).verdict()
     assert set(verdict.rows) == {"a.weight"}
+
+
+def test_what_code_keeps_is_no_tensor_of_the_ops_that_were_written_down() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.table = nn.Linear(4, 4), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.arange(4.0, device=x.device).clone()
+                self.table[1] = 7
+            made: Tensor = self.layer(x) + self.table
+            return made
+
+    model = Caching().eval()
+    call = ((torch.randn(3, 4),), {})
+    assert len(WrittenDown(model, call).products) == 1
+    torch.testing.assert_close(model(*call[0]), model.layer(*call[0]) + torch.tensor([0.0, 7.0, 2.0, 3.0]))

@@ -84,6 +84,9 @@ class ChannelPlanner:
         self._layers: list[Layer] = merge_reads(model, self._propagation, self._roots, trains=trains)
         self._patterns = [(layer, pattern) for layer in self._layers if (pattern := pattern_of(model, layer)) is not None]
         self._whole: list[_Group] = []
+        self._types = {path: type(module).__qualname__ for path, module in model.named_modules()}
+        self._sized: set[str] = set()
+        self._tried: set[str] = set()
         self._shapes = ShapeTrial(model, self._arguments, self._modes)
 
     def _graphs(self, trains: bool) -> list[ChannelGraph]:
@@ -139,6 +142,8 @@ class ChannelPlanner:
             first = None
             if found is None:
                 return plan
+            if self._goes_with_sizes(found, failure):
+                continue
             suspects = self._suspects(found) or self._all_layers()
             if not suspects:
                 raise VerificationError(
@@ -148,6 +153,25 @@ class ChannelPlanner:
                 )
             self._whole += suspects
             self._admit(suspects, failure, found)
+
+    def _goes_with_sizes(self, found: Failure, failure: Callable[[ChannelPlan], Failure | None]) -> bool:
+        """Whether modules of a class in which the run broke get through once the sizes of parts that they hold are changed."""
+        for kind in dict.fromkeys(self._types.get(split.where, "") for split in self._propagation.facts.splits):
+            if kind in self._tried or not self._is_inside(found, kind):
+                continue
+            self._tried.add(kind)
+            before = self._solved().attributes
+            self._sized.add(kind)
+            plan = self._solved()
+            if plan.attributes != before and not ((again := failure(plan)) and self._is_inside(again, kind)):
+                return True
+            self._sized.discard(kind)
+        return False
+
+    def _is_inside(self, failure: Failure, kind: str) -> bool:
+        """Whether a run broke in a module of this class, or in one that it calls."""
+        where = failure.where.split(".")
+        return any(self._types.get(".".join(where[:depth])) == kind for depth in range(len(where) + 1))
 
     def _admit(self, suspects: Sequence[_Group], failure: Callable[[ChannelPlan], Failure | None], found: Failure) -> None:
         """Of groups that are kept whole, let those go again that are innocent."""
@@ -166,7 +190,7 @@ class ChannelPlanner:
     def _suspects(self, failure: Failure) -> list[_Group]:
         """Groups that lose channels and change their shape in the module where the run broke, or in modules of its class."""
         stays = self._solution.stays
-        types = {path: type(module).__qualname__ for path, module in self._model.named_modules()}
+        types = self._types
         whole = {group.what for group in self._whole}
         by_place: dict[str, list[Integers]] = {}
         counted: dict[str, int] = {}
@@ -202,6 +226,7 @@ class ChannelPlanner:
             unrounded=unrounded,
             multiple=self._multiple,
             refused=tuple(self._told.values()),
+            sized=lambda path: self._types.get(path) in self._sized,
         )
 
     def _solution_for(self, multiple: int) -> Solution:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sparsefx.passes.channel_rules.elementwise import meet
-from sparsefx.passes.channels.facts import Blocks
+from sparsefx.passes.channels.facts import Blocks, Split
 from sparsefx.passes.channels.graph import module_path, op_name
 from sparsefx.passes.channels.labels import PINNED
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
@@ -71,8 +71,11 @@ def split(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) ->
     ends = np.cumsum(sizes)
     if value.labels.shape[axis] > 1:
         propagation.facts.views.append((module_path(node), value.labels))
-        if len(sizes) > 1 and len(set(sizes)) == 1 and len(value.varying) == 1:
-            propagation.add_blocks(Blocks(along(value.labels, axis, value.shape[axis]).reshape(len(sizes), -1)))
+        if len(value.varying) == 1:
+            labels = along(value.labels, axis, value.shape[axis])
+            propagation.facts.splits.append(Split(module_path(node), tuple(np.split(labels, ends[:-1]))))
+            if len(sizes) > 1 and len(set(sizes)) == 1:
+                propagation.add_blocks(Blocks(labels.reshape(len(sizes), -1)))
     return tuple(take(value, axis, slice(end - size, end)) for size, end in zip(sizes, ends.tolist(), strict=True))
 
 

@@ -70,6 +70,36 @@ def _of_heads(model: nn.Module, heads: Sequence[tuple[str, tuple[int, int], int]
                 yield Attribute(path, name, *count)
 
 
+def changed_sizes(model: nn.Module, splits: Sequence[tuple[str, Shape, Shape]]) -> Iterator[Attribute]:
+    """What modules of any library may hold of the parts that they take: all sizes as a list, else one of them, or their sum.
+
+    A guess by value, for modules that do not run without it: the cut model is run and compared anyway.
+
+    Args:
+        model: before the cut.
+        splits: path of the module, sizes of the parts before and after, of each place where parts are taken.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[tuple[str, str], set[Any]] = {}
+    for path, before, after in splits:
+        if path not in modules or before == after:
+            continue
+        held = {name: value for name, value in vars(modules[path]).items() if not name.startswith("_")}
+        lists = [name for name, value in held.items() if type(value) in (list, tuple) and tuple(value) == before]
+        for name in lists:
+            found.setdefault((path, name), set()).add(after)
+        if lists:
+            continue
+        for size, left in {*zip(before, after, strict=True), (sum(before), sum(after))}:
+            for name, value in held.items():
+                if type(value) is int and value == size:
+                    found.setdefault((path, name), set()).add(left)
+    for (path, name), values in found.items():
+        before_it = getattr(modules[path], name)
+        if len(values) == 1 and (after_it := values.pop()) != before_it:
+            yield Attribute(path, name, before_it, list(after_it) if type(before_it) is list else after_it)
+
+
 def _numbers(module: nn.Module, shapes: Mapping[str, Shape], groups: int | None) -> Iterator[tuple[str, Any]]:
     """Attributes as they follow from shapes, for the types of which they are known."""
     shape = shapes.get("weight")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparsefx.passes.channel_rules.products import matrix, weighted
-from sparsefx.passes.channels.attributes import changed_attributes
+from sparsefx.passes.channels.attributes import changed_attributes, changed_sizes
 from sparsefx.passes.channels.carriers import carrier, input_groups, lost_constants
-from sparsefx.passes.channels.facts import Facts, Heads
+from sparsefx.passes.channels.facts import Facts, Heads, Split
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer
 from sparsefx.passes.channels.plan import ChannelPlan
@@ -32,6 +32,7 @@ def build_plan(
     unrounded: Solution,
     multiple: int,
     refused: tuple[str, ...],
+    sized: Callable[[str], bool],
 ) -> ChannelPlan:
     """The plan of a solution.
 
@@ -42,6 +43,7 @@ def build_plan(
         unrounded: which would stay without rounding widths up.
         multiple: that widths were rounded to.
         refused: groups that had to be kept whole, in words.
+        sized: whether the module of this path has to be given the sizes of the parts that it takes.
     """
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     kept = _kept(facts, solution)
@@ -57,7 +59,10 @@ def build_plan(
     groups = {name: _groups_left(rows, solution) for name, (rows, _) in facts.gathered.items()}
     normalized = {path: int(solution.stays[solution.roots[labels]].sum()) for path, labels in facts.normalized.items()}
     heads = [(one.where, _counted(one, solution), one.size) for one in facts.heads]
-    attributes = tuple(changed_attributes(model, tensors, after, groups, normalized, heads)) if kept else ()
+    splits = [(one.where, *_part_sizes(one, solution)) for one in facts.splits if sized(one.where)]
+    attributes = (
+        (*changed_attributes(model, tensors, after, groups, normalized, heads), *changed_sizes(model, splits)) if kept else ()
+    )
     report = _report(model, facts, layers, solution, unrounded, after, new_biases, moved, multiple, refused)
     return ChannelPlan(kept, shapes, new_biases, moved, attributes, report)
 
@@ -88,6 +93,12 @@ def _kept(facts: Facts, solution: Solution) -> Kept:
 def _counted(heads: Heads, solution: Solution) -> tuple[int, int]:
     """Heads before and after."""
     return len(heads.labels), int(solution.stays[solution.roots[heads.labels]].sum())
+
+
+def _part_sizes(split: Split, solution: Solution) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels of each part before and after."""
+    after = (int(solution.stays[solution.roots[labels]].sum()) for labels in split.parts)
+    return tuple(len(labels) for labels in split.parts), tuple(after)
 
 
 def _groups_left(rows: Integers, solution: Solution) -> int:

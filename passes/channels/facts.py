@@ -92,6 +92,19 @@ class Heads:
     size: int
 
 
+@dataclass(frozen=True)
+class Split:
+    """A tensor of which code takes parts of given sizes.
+
+    Attributes:
+        where: path of the module that was running.
+        parts: labels of the channels of each part.
+    """
+
+    where: str
+    parts: tuple[Integers, ...]
+
+
 @dataclass
 class Facts:
     """Everything the solver needs, in the order of the graph."""
@@ -112,5 +125,7 @@ class Facts:
     """Labels of the channels that a normalization in this module takes, which may have no parameters to tell their number."""
     heads: list[Heads] = field(default_factory=list)
     """Calls of attention: modules may hold their number of heads."""
+    splits: list[Split] = field(default_factory=list)
+    """Modules may hold the sizes of these parts."""
     gathered: dict[str, tuple[Integers, Integers]] = field(default_factory=dict)
     """Weights of grouped convolutions: labels of outputs and of inputs, one row a group."""

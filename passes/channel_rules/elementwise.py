@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,7 @@ _NAMES = [
     "digamma",
     "erfinv",
 ]
+_BOUNDED = frozenset(("clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "fmax", "fmin"))
 _PRODUCTS = frozenset(("mul", "multiply"))
 # What these give for a constant depends on more than the elements that are tensors here.
 _NEVER_CONSTANT = frozenset(("masked_fill", "where", "nan_to_num"))
@@ -185,6 +187,9 @@ def _constant(node: fx.Node, arguments: dict[str, Any], given: dict[str, Value])
     rank = len(shape_of(node))
     name = op_name(node).removesuffix("_")
     constants = {key: value.lifted(rank).constant for key, value in given.items()}
+    if name in _BOUNDED:
+        # Infinite bounds, which are no constants that channels could have, are bounds that can be computed with.
+        constants |= {key: _infinite(value, rank) for key, value in arguments.items() if _is_infinite(value)}
     unknown = [np.isnan(constant) for constant in constants.values()]
     annihilates = name in _PRODUCTS and any((constant == 0).any() for constant in constants.values())
     if name in _NEVER_CONSTANT or not constants or (not annihilates and any(mask.all() for mask in unknown)):
@@ -200,6 +205,20 @@ def _constant(node: fx.Node, arguments: dict[str, Any], given: dict[str, Value])
         for constant in constants.values():
             made = np.where(constant == 0, 0.0, made)
     return made if np.isfinite(made).any() else nothing_known(rank)
+
+
+def _is_infinite(value: Any) -> bool:
+    return (
+        isinstance(value, Weight)
+        and value.tensor.numel() == 1
+        and value.tensor.device.type != "meta"
+        and value.tensor.is_floating_point()
+        and math.isinf(float(value.tensor))
+    )
+
+
+def _infinite(weight: Weight, rank: int) -> Floats:
+    return np.full((1,) * rank, float(weight.tensor))
 
 
 def evaluate(node: fx.Node, arguments: dict[str, Any]) -> Floats | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -417,3 +418,20 @@ def test_positions_and_masks_are_not_cut_to_the_length_of_the_example() -> None:
     assert small.first.out_features == 10  # type: ignore[union-attr]
     longer = torch.randn(2, 16, 4)
     torch.testing.assert_close(small(longer), model(longer))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-math.inf, math.inf), (-math.inf, 0.25), (-0.5, math.inf)])
+def test_constants_go_through_bounds_that_are_buffers(low: float, high: float) -> None:
+    model = Around(
+        lambda m, x: m.last(torch.clamp(m.first(x), m.low, m.high) * torch.maximum(m.gate(x), m.low)),
+        first=nn.Linear(8, 6),
+        gate=nn.Linear(8, 6),
+        last=nn.Linear(6, 2),
+    )
+    model.register_buffer("low", torch.tensor(low))
+    model.register_buffer("high", torch.tensor(high))
+    empty(model.get_parameter("first.weight"), 1, 4)
+    with torch.no_grad():
+        model.get_parameter("first.bias")[[1, 4]] = 0
+    small, _ = pruned(model.eval(), torch.randn(5, 8))
+    assert small.get_submodule("gate").out_features == 4

@@ -1,9 +1,10 @@
 """What could be removed from a model without a change of its outputs, found by brute force and without looking at its graph.
 
 Output channels of linear layers and convolutions are disturbed by hand, with every other such layer held at what it gave
-before, so that a disturbance shows which inputs of which layers, and which outputs of the model, it reaches: these channels can
-only go together. Where it reaches zero weights only, or where a channel is a constant, it can go. In the end all channels that
-can go are filled with noise at once, constants put in where they are read, and the outputs have to be as they were.
+before (with noise, where the ops of the model can be written down), so that a disturbance shows which inputs of which layers,
+and which outputs of the model, it reaches: these channels can only go together. Where it reaches zero weights only, or where a
+channel is a constant, it can go. In the end all channels that can go are filled with noise at once, constants put in where they
+are read, and the outputs have to be as they were.
 
 Groups of a convolution stay equally large. What it does not know: that code holds numbers of channels (heads of equal size), and
 that one constant channel has to stay for a padded convolution. So it is an upper bound. Where three channels of a layer (of a
@@ -12,18 +13,16 @@ part of it) reach all that the whole reaches, the others are taken to do so too:
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracle_filling import Filling, double
+from benchmarks.oracle_filling import Filling
 from benchmarks.oracle_graph import NotWrittenDown, WrittenDown
-from benchmarks.oracle_replay import Call, Product, Ranges, Recording, TooLarge, run
+from benchmarks.oracle_replay import Call, Product, Recording, TooLarge, ranges
 
 CONFIRMED = 1e-6
 """Largest difference of outputs that is none; parts of some models compute in float32."""
@@ -78,7 +77,9 @@ class Oracle:
         self._deadline = time.process_time() + seconds
         self._model = model
         self._calls = calls
-        self._recording = _recorded(self._model, calls[0])
+        products, self._ranges_in, self._ranges_out = ranges(model, calls)
+        still = [self._ranges_out.constant(number) for number in range(len(products))]
+        self._recording = _recorded(self._model, calls[0], still)
         self._products = self._recording.products
         parameters = dict(self._model.named_parameters())
         self._weights = {product.weight: parameters[product.weight].detach() for product in self._products}
@@ -304,22 +305,11 @@ class Oracle:
 
     def _observe(self) -> Tensor:
         """Which targets and rows had one value only, in float64, on both calls."""
-        exact = copy.deepcopy(self._model).double()
-        ranges = (Ranges(), Ranges())
-
-        def note(number: int, product: Product, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            made: Tensor = func(*args, **kwargs)
-            ranges[0].see(number, args[product.inputs], product.channel)
-            ranges[1].see(number, made, product.channel)
-            return made
-
-        for call in self._calls:
-            run(exact, double(call), note, exact=True)
         constant = torch.ones(len(self._parent), dtype=torch.bool)
         for number, product in enumerate(self._products):
-            constant[self._inputs(product)] &= ranges[0].constant(number)
+            constant[self._inputs(product)] &= self._ranges_in.constant(number)
             first = self._rows[product.weight].start + product.rows.start
-            constant[first : first + len(product.rows)] &= ranges[1].constant(number)
+            constant[first : first + len(product.rows)] &= self._ranges_out.constant(number)
         return constant
 
     def _constants(self, observed: Tensor) -> Tensor:
@@ -416,9 +406,9 @@ class Oracle:
         return weight.numel() - left * (weight.numel() // (rows.numel() * weight.shape[product.in_axis]))
 
 
-def _recorded(model: nn.Module, call: Call) -> Recording | WrittenDown:
+def _recorded(model: nn.Module, call: Call, still: Sequence[Tensor]) -> Recording | WrittenDown:
     try:
-        return WrittenDown(model, call)
+        return WrittenDown(model, call, still)
     except NotWrittenDown:
         return Recording(model, call)
 

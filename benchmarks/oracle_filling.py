@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from benchmarks.oracle_replay import Call, Product, run
+from benchmarks.oracle_replay import Call, Product, double, run
 
 
 class Filling:
@@ -67,10 +66,4 @@ class Filling:
         return worst
 
 
-def double(call: Call) -> Call:
-    """The same arguments in float64."""
-    made: Call = tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, call)
-    return made
-
-
-__all__ = ["Filling", "double"]
+__all__ = ["Filling"]

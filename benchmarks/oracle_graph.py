@@ -3,6 +3,9 @@
 The ops of one run are written down, without mutation, and their results kept. A disturbance of a product's output is followed
 from op to op as they stand; what gives the same as before is not followed further, and neither are products. It is what
 `oracle_replay.Recording` finds by running the whole model, in a fraction of the time, for models whose ops can be written down.
+
+Products are held at what they gave, or at that with noise: a ReLU that is zero on all that one input gives hides what is
+multiplied by it, and the next input would not.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from benchmarks.oracle_replay import Call, Product, ProductFinder, changed_channels, disturbed, run, size_of_noise
+from benchmarks.oracle_replay import Call, Product, ProductFinder, changed_channels, disturbed, loosened, run, size_of_noise
 
 LARGEST_VALUES = 8 * 2**30
 """Bytes of results beyond which they are not kept."""
@@ -39,12 +42,14 @@ class WrittenDown:
     Args:
         model: in eval mode; not changed.
         call: its arguments.
+        still: of each product, which of its output channels are constant (bool [K]); the others are held at what they were
+            with noise. None: all are held at what they were.
 
     Raises:
         NotWrittenDown: use `oracle_replay.Recording`.
     """
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+    def __init__(self, model: nn.Module, call: Call, still: Sequence[Tensor] | None = None) -> None:
         leaves, spec = tree_flatten(call)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         # Code that keeps what it computes must not keep what stands for tensors while ops are written down.
@@ -79,6 +84,8 @@ class WrittenDown:
         self._generator = torch.Generator().manual_seed(1)
         self._fill(module, tensors, ProductFinder(model))
         self._compare(model, call)
+        if still is not None:
+            self._loosen(module, tensors, still)
         self._ends: dict[fx.Node, int] = {}
         for node in reversed(self._nodes):
             self._ends[node] = self._ends_of(node)
@@ -146,8 +153,33 @@ class WrittenDown:
                 ends |= 1 << number
         return ends
 
-    def _fill(self, module: fx.GraphModule, tensors: list[Tensor], finder: ProductFinder) -> None:
+    def _loosen(self, module: fx.GraphModule, tensors: list[Tensor], still: Sequence[Tensor]) -> None:
+        """Hold products at other values, unless these are none that the model can go on with."""
+        finite = self._finite()
+        held = {
+            node: loosened(self._values[node], self.products[number], still[number], self._generator)
+            for node, number in self._products.items()
+        }
+        before, self._values = self._values, {}
+        self._fill(module, tensors, None, held)
+        if self._finite() != finite:
+            self._values = before
+
+    def _finite(self) -> list[bool]:
+        return [
+            bool(self._values[node.args[self.products[number].inputs]].isfinite().all())  # type: ignore[index]
+            for node, number in self._products.items()
+        ]
+
+    def _fill(
+        self,
+        module: fx.GraphModule,
+        tensors: list[Tensor],
+        finder: ProductFinder | None,
+        held: Mapping[fx.Node, Tensor] | None = None,
+    ) -> None:
         given = iter(tensors)
+        held = held or {}
         storages: dict[int, int] = {}
         torch.manual_seed(0)
         with torch.no_grad():
@@ -156,6 +188,8 @@ class WrittenDown:
                     value: Any = next(given)
                 elif node.op == "get_attr":
                     value = getattr(module, str(node.target))
+                elif node in held:
+                    value = held[node]
                 elif node.op == "call_function":
                     value = self._first(node, finder)
                 else:
@@ -168,7 +202,7 @@ class WrittenDown:
                 if sum(storages.values()) > LARGEST_VALUES:
                     raise NotWrittenDown("its results do not fit")
 
-    def _first(self, node: fx.Node, finder: ProductFinder) -> Any:
+    def _first(self, node: fx.Node, finder: ProductFinder | None) -> Any:
         if node.target is torch.ops.aten.as_strided_.default and len(node.all_input_nodes[0].users) == 1:
             # Pooling gives its result other strides; no one else sees it.
             node.target = torch.ops.aten.as_strided.default
@@ -176,7 +210,7 @@ class WrittenDown:
         if func is not operator.getitem and (not isinstance(func, torch._ops.OpOverload) or func._schema.is_mutable):
             raise NotWrittenDown(f"{func} changes what it is given")
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)  # type: ignore[arg-type]
-        product = finder.find(func, args)
+        product = None if finder is None else finder.find(func, args)
         if product is not None:
             self._products[node] = len(self.products)
             self.products.append(product)

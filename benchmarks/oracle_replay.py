@@ -6,8 +6,9 @@ attention, shuffles, norms are just run.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsefx.passes.channels.precision import Widening
 
@@ -132,6 +133,15 @@ def disturbed(made: Tensor, product: Product, mine: Tensor, size: float, generat
     return changed
 
 
+def loosened(made: Tensor, product: Product, still: Tensor, generator: torch.Generator) -> Tensor:
+    """The output of a product with noise where it is not constant: in half of its places, in all where they are few."""
+    noise = torch.randn(made.shape, generator=generator, dtype=made.dtype) * (2 * made.std(correction=0) + 3)
+    if made.numel() >= 16 * made.shape[product.channel]:
+        noise *= torch.rand(made.shape, generator=generator) < 0.5
+    noise.movedim(product.channel, 0)[still] = 0
+    return made + noise
+
+
 def changed_channels(given: Tensor, before: Tensor, product: Product) -> Tensor:
     """Which channels of a product's input are not what they were; bool [C]."""
     others = [axis for axis in range(given.dim()) if axis != product.channel % given.dim()]
@@ -177,6 +187,31 @@ class Ranges:
         """Whether each channel had one value only, up to rounding."""
         low, high = self.low[number], self.high[number]
         return (high - low) <= 1e-9 * torch.maximum(low.abs(), high.abs()).clamp_min(1e-30)
+
+
+def ranges(model: nn.Module, calls: Sequence[Call]) -> tuple[list[Product], Ranges, Ranges]:
+    """The products of a model, and what their inputs and outputs were over these calls, in float64."""
+    exact = copy.deepcopy(model).double()
+    products: list[Product] = []
+    inputs, outputs = Ranges(), Ranges()
+
+    def note(number: int, product: Product, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        made: Tensor = func(*args, **kwargs)
+        if number == len(products):
+            products.append(product)
+        inputs.see(number, args[product.inputs], product.channel)
+        outputs.see(number, made, product.channel)
+        return made
+
+    for call in calls:
+        run(exact, double(call), note, exact=True)
+    return products, inputs, outputs
+
+
+def double(call: Call) -> Call:
+    """The same arguments in float64."""
+    made: Call = tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, call)
+    return made
 
 
 class Recording:
@@ -258,6 +293,9 @@ __all__ = [
     "TooLarge",
     "changed_channels",
     "disturbed",
+    "double",
+    "loosened",
+    "ranges",
     "run",
     "size_of_noise",
 ]

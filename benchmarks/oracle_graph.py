@@ -82,6 +82,11 @@ class WrittenDown:
         self._sizes: list[float] = []
         self._of: dict[str, list[fx.Node]] = {}
         self._generator = torch.Generator().manual_seed(1)
+        self._stored = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), *tensors)}
+        self._follows: dict[fx.Node, bool] = {}
+        for node in self._nodes:
+            follows = node.op == "placeholder" or _multiplies(node)
+            self._follows[node] = follows or any(self._follows[source] for source in node.all_input_nodes)
         self._fill(module, tensors, ProductFinder(model))
         self._compare(model, call)
         if still is not None:
@@ -203,12 +208,14 @@ class WrittenDown:
                     raise NotWrittenDown("its results do not fit")
 
     def _first(self, node: fx.Node, finder: ProductFinder | None) -> Any:
-        if node.target is torch.ops.aten.as_strided_.default and len(node.all_input_nodes[0].users) == 1:
-            # Pooling gives its result other strides; no one else sees it.
-            node.target = torch.ops.aten.as_strided.default
+        node.target = _without_mutation(node)
         func: Callable[..., Any] = node.target  # type: ignore[assignment]
         if func is not operator.getitem and (not isinstance(func, torch._ops.OpOverload) or func._schema.is_mutable):
-            raise NotWrittenDown(f"{func} changes what it is given")
+            # What follows from nothing is computed in the order in which code did, and never again.
+            changed = self._values[node.all_input_nodes[0]] if node.all_input_nodes else None
+            own = isinstance(changed, Tensor) and changed.untyped_storage().data_ptr() not in self._stored
+            if not own or not isinstance(func, torch._ops.OpOverload) or self._follows[node]:
+                raise NotWrittenDown(f"{func} changes what it is given")
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)  # type: ignore[arg-type]
         product = None if finder is None else finder.find(func, args)
         if product is not None:
@@ -236,6 +243,26 @@ class WrittenDown:
             raise NotWrittenDown("its products are others")
         if len(outputs) != len(expected) or not all(map(_close, outputs, expected)):
             raise NotWrittenDown("its outputs are others")
+
+
+def _multiplies(node: fx.Node) -> bool:
+    aten = torch.ops.aten
+    return node.target in (aten.convolution.default, aten.addmm.default, aten.mm.default)
+
+
+def _without_mutation(node: fx.Node) -> Any:
+    """The op of a node; where it changes a new tensor that no one else sees, the one that makes another instead."""
+    func = node.target
+    if not isinstance(func, torch._ops.OpOverload) or not func._schema.is_mutable or not node.all_input_nodes:
+        return func
+    changed = node.all_input_nodes[0]
+    is_new = isinstance(changed.target, torch._ops.OpOverload) and not any(
+        returned.alias_info for returned in changed.target._schema.returns
+    )
+    packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    if changed is not node.args[0] or not is_new or len(changed.users) > 1 or packet is None:
+        return func
+    return getattr(packet, func._overloadname, func)
 
 
 def _close(first: Tensor, second: Tensor) -> bool:

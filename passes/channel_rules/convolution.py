@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ def convolution(propagation: Propagation, node: fx.Node, arguments: dict[str, An
     into = along(value.labels, 1, value.shape[1])
     constant = constant_along(value, 1)
     uniform = not transposed and not _pads(arguments)
+    if value.uneven is not None and groups == 1:
+        # Another constant channel has the same factor at every place, and can carry what is lost.
+        constant, uniform = constant_along(replace(value, constant=value.uneven), 1), False
     if groups > 1 and groups == value.shape[1] and shape_of(node)[1] == groups:
         return _depthwise(propagation, node, value, weight, bias, uniform=uniform)
     if groups > 1:

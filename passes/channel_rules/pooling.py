@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,11 @@ def _pooled(propagation: Propagation, node: fx.Node, arguments: dict[str, Any], 
     if len(value.shape) < 3 or value.varying & spatial:
         return propagation.refuse(node, "pools over channels")
     known = constant_along(value, 1)
-    known = known if keeps else np.where(known == 0, 0.0, np.nan)
     sizes = tuple(shape[1] if axis == 1 else 1 for axis in range(len(shape)))
+    uneven = None if keeps or np.isnan(known).all() else known.reshape(sizes)
+    known = known if keeps else np.where(known == 0, 0.0, np.nan)
     pooled = Value(shape, value.labels, nothing_known(len(shape))).with_constant(known.reshape(sizes))
+    pooled = replace(pooled, uneven=uneven)
     return (pooled, pooled.forgotten()) if several else pooled
 
 

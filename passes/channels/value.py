@@ -24,11 +24,14 @@ class Value:
         labels: label of the channel that each element belongs to. Of the tensor's rank; an axis along which labels do not vary
             has size 1, so that batch and image axes cost nothing.
         constant: the value that each element has whatever the inputs are, NaN where it is unknown; like ``labels``.
+        uneven: the same up to a factor by place that is one for all channels, as an average over padding makes it; None where
+            nothing such is known.
     """
 
     shape: tuple[int, ...]
     labels: Integers
     constant: Floats
+    uneven: Floats | None = None
 
     @property
     def varying(self) -> frozenset[int]:
@@ -37,11 +40,11 @@ class Value:
 
     def with_constant(self, constant: Floats) -> Value:
         """The same labels with another constant."""
-        return replace(self, constant=shrunk(constant))
+        return replace(self, constant=shrunk(constant), uneven=None)
 
     def forgotten(self) -> Value:
         """The same labels with nothing constant."""
-        return replace(self, constant=nothing_known(len(self.shape)))
+        return replace(self, constant=nothing_known(len(self.shape)), uneven=None)
 
     def lifted(self, rank: int) -> Value:
         """With axes of size 1 in front, as broadcasting puts them."""

@@ -26,8 +26,25 @@ from benchmarks.oracle_replay import Call, Product, Recording, TooLarge, ranges
 
 CONFIRMED = 1e-6
 """Largest difference of outputs that is none; parts of some models compute in float32."""
-Probe = Generator[tuple[Tensor, Tensor], Tensor, None]
-"""Yields rows to disturb (bool [K]) and the targets it asks about (bool [targets]), is sent which of them the rows reach."""
+Probe = Generator[Tensor, Tensor, list["_Part"]]
+"""Yields rows of a part to disturb (bool [K]), is sent what they reach (bool [targets]), returns smaller parts."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Channels of a layer, of which it is to be found out what each reaches.
+
+    Attributes:
+        name: of the weight.
+        rows: of it.
+        wanted: targets of which it is not known which of the rows reach them; bool [targets].
+        extent: all that the rows may reach; bool [targets].
+    """
+
+    name: str
+    rows: Tensor
+    wanted: Tensor
+    extent: Tensor
 
 
 @dataclass(frozen=True)
@@ -189,14 +206,14 @@ class Oracle:
         for reached in whole.values():
             self._reached |= reached
         unique, index = self._by_bits({name: torch.arange(size) for name, size in sizes.items()})
-        probes: dict[str, Probe] = {}
+        parts: list[_Part] = []
         for name, reached in whole.items():
             plain = reached & unique & (index < sizes[name])
             self._pair(self._rows[name].start + index[plain], plain.nonzero().flatten())
             left = reached & ~plain
             if left.any():
-                probes[name] = self._split(name, left)
-        self._schedule(probes, whole)
+                parts.append(_Part(name, torch.arange(sizes[name]), left, reached))
+        self._examine(parts)
         for name, product in self._of.items():
             if self._is_depthwise(product):
                 size = sizes[name]
@@ -216,58 +233,63 @@ class Oracle:
             index += ones.long() << bit
         return unique, index
 
-    def _split(self, name: str, wanted: Tensor) -> Probe:
-        """Halve a layer's channels until each part reaches the same from each channel; a part's channels go together."""
+    def _split(self, part: _Part) -> Probe:
+        """Each channel reaches the same, so that they go together, or there are two halves to be looked at."""
+        name, rows, wanted = part.name, part.rows, part.wanted
         size = self._rows[name].stop - self._rows[name].start
-        pending = [(torch.arange(size), wanted)]
-        while pending:
-            rows, wanted = pending.pop()
-            found = []
-            for place in dict.fromkeys((0, len(rows) - 1, len(rows) // 3)):
-                reached = yield _mask(size, rows[place]), wanted
-                self._connect(name, rows[place], reached)
-                found.append(reached)
-                if not torch.equal(reached, wanted):
-                    break
-            else:
-                self._connect(name, rows, wanted)
-                continue
-            if len(rows) == 1:
-                continue
-            if int(found[-1].sum()) * len(rows) <= int(wanted.sum()):
-                # Others stood in the way of numbers, other layers or the rest of this one; these alone may have them.
-                unique, index = wanted.clone(), torch.zeros(self._count, dtype=torch.int64)
-                for bit in range((len(rows) - 1).bit_length()):
-                    ones = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 1]), wanted
-                    zeros = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 0]), wanted
-                    unique &= ones ^ zeros
-                    index += ones.long() << bit
-                self._pair(self._rows[name].start + rows[index[unique]], unique.nonzero().flatten())
-                wanted = wanted & ~unique
-                if not wanted.any():
-                    continue
-            middle = _middle(int(rows[0]), int(rows[-1]))
-            for half in (rows[rows < middle], rows[rows >= middle]):
-                reached = yield _mask(size, half), wanted
-                if reached.any():
-                    pending.append((half, reached))
+        found = []
+        for place in dict.fromkeys((0, len(rows) - 1, len(rows) // 3)):
+            reached = (yield _mask(size, rows[place])) & wanted
+            self._connect(name, rows[place], reached)
+            found.append(reached)
+            if not torch.equal(reached, wanted):
+                break
+        else:
+            self._connect(name, rows, wanted)
+            return []
+        if len(rows) == 1:
+            return []
+        if int(found[-1].sum()) * len(rows) <= int(wanted.sum()):
+            # Others stood in the way of numbers, other layers or the rest of this one; these alone may have them.
+            unique, index = wanted.clone(), torch.zeros(self._count, dtype=torch.int64)
+            for bit in range((len(rows) - 1).bit_length()):
+                ones = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 1])
+                zeros = yield _mask(size, rows[torch.arange(len(rows)) >> bit & 1 == 0])
+                unique &= ones ^ zeros
+                index += ones.long() << bit
+            self._pair(self._rows[name].start + rows[index[unique]], unique.nonzero().flatten())
+            wanted = wanted & ~unique
+            if not wanted.any():
+                return []
+        middle = _middle(int(rows[0]), int(rows[-1]))
+        halves = []
+        for half in (rows[rows < middle], rows[rows >= middle]):
+            reached = yield _mask(size, half)
+            if (reached & wanted).any():
+                halves.append(_Part(name, half, reached & wanted, reached))
+        return halves
 
-    def _schedule(self, probes: dict[str, Probe], whole: Mapping[str, Tensor]) -> None:
-        """Run probes of layers that reach different targets in the same run of the model."""
-        asked = {name: next(probe) for name, probe in probes.items()}
-        while asked:
-            chosen, taken = [], torch.zeros(self._count, dtype=torch.bool)
-            for name in asked:
-                if not (taken & whole[name]).any():
-                    chosen.append(name)
-                    taken |= whole[name]
-            wanted = torch.stack([asked[name][1] for name in chosen]).any(0)
-            reached = self._reach({name: asked[name][0] for name in chosen}, wanted)
-            for name in chosen:
+    def _examine(self, parts: list[_Part]) -> None:
+        """Split parts until each is known, those that reach different targets in the same run of the model."""
+        active = [(part, probe, next(probe)) for part in parts for probe in (self._split(part),)]
+        while active:
+            chosen, later, taken = [], [], torch.zeros(self._count, dtype=torch.bool)
+            for one in active:
+                free = not (taken & one[0].extent).any()
+                (chosen if free else later).append(one)
+                if free:
+                    taken |= one[0].extent
+            rows: dict[str, Tensor] = {}
+            for part, _, asked in chosen:
+                rows[part.name] = rows[part.name] | asked if part.name in rows else asked
+            reached = self._reach(rows, taken)
+            active = []
+            for part, probe, _ in chosen:
                 try:
-                    asked[name] = probes[name].send(reached & asked[name][1])
-                except StopIteration:
-                    del asked[name]
+                    active.append((part, probe, probe.send(reached & part.extent)))
+                except StopIteration as ended:
+                    active += [(half, split, next(split)) for half in ended.value for split in (self._split(half),)]
+            active += later
 
     def _connect(self, name: str, rows: Tensor, reached: Tensor) -> None:
         """Each of these rows reaches all of these targets."""

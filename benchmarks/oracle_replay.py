@@ -134,10 +134,10 @@ def disturbed(made: Tensor, product: Product, mine: Tensor, size: float, generat
 
 
 def loosened(made: Tensor, product: Product, still: Tensor, generator: torch.Generator) -> Tensor:
-    """The output of a product with noise where it is not constant: in half of its places, in all where they are few."""
+    """The output of a product with noise where it is not constant, in the second half of a batch: the first is as it was."""
     noise = torch.randn(made.shape, generator=generator, dtype=made.dtype) * (2 * made.std(correction=0) + 3)
-    if made.numel() >= 16 * made.shape[product.channel]:
-        noise *= torch.rand(made.shape, generator=generator) < 0.5
+    if product.channel != 0:
+        noise[: len(noise) // 2] = 0
     noise.movedim(product.channel, 0)[still] = 0
     return made + noise
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from sparsefx.passes.channels.graph import module_path, op_name
 from sparsefx.passes.channels.labels import PINNED, Integers
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
-from sparsefx.passes.channels.value import Floats, Value, Weight, nothing_known
+from sparsefx.passes.channels.value import Floats, Value, Weight, nothing_known, shrunk
 
 _NAMES = [
     "abs",
@@ -194,7 +194,9 @@ def _constant(node: fx.Node, arguments: dict[str, Any], given: dict[str, Value])
     annihilates = name in _PRODUCTS and any((constant == 0).any() for constant in constants.values())
     if name in _NEVER_CONSTANT or not constants or (not annihilates and any(mask.all() for mask in unknown)):
         return nothing_known(rank)
-    made = evaluate(node, {**arguments, **{key: np.nan_to_num(constant) for key, constant in constants.items()}})
+    made = evaluate(
+        node, {**arguments, **{key: np.where(np.isnan(constant), 0.0, constant) for key, constant in constants.items()}}
+    )
     if made is None:
         return nothing_known(rank)
     missing = unknown[0]
@@ -204,7 +206,7 @@ def _constant(node: fx.Node, arguments: dict[str, Any], given: dict[str, Value])
     if annihilates:
         for constant in constants.values():
             made = np.where(constant == 0, 0.0, made)
-    return made if np.isfinite(made).any() else nothing_known(rank)
+    return shrunk(made)
 
 
 def _is_infinite(value: Any) -> bool:

@@ -87,7 +87,10 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
             module._init_flat_weights()  # its own list of its parameters
     added = _add_biases(model, plan)
     for attribute in plan.attributes:
-        setattr(model.get_submodule(attribute.module), attribute.name, attribute.after)
+        module = model.get_submodule(attribute.module)
+        # In a file lists and tuples are the same.
+        was_list = isinstance(getattr(module, attribute.name, None), list)
+        setattr(module, attribute.name, list(attribute.after) if was_list else attribute.after)
     _refresh_records(model)
     for optimizer in optimizers:
         _follow(optimizer, named, new, added, plan)

@@ -5,7 +5,7 @@
 
 In a random half of the layers a random half of the filters is set to zero; biases, shifts and statistics of batch norms stay, and
 are random. Models that torch.export refuses are pruned in parts. The table has the largest errors, what was removed of
-what an oracle says could be (benchmarks/oracle.py: by brute force, without the graph), and why channels had to stay. Bars: 1e-5
+what an oracle says could be (benchmarks/oracle: by brute force, without the graph), and why channels had to stay. Bars: 1e-5
 of the largest value in float32, 1e-10 in float64. The model's own rounding is what it is off its own outputs in float64 before
 anything is removed: below that nobody can tell two float32 models apart.
 """

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.oracle import Oracle, Verdict
-from benchmarks.oracle_graph import NotWrittenDown, WrittenDown
-from benchmarks.oracle_replay import Recording
+from benchmarks.oracle.replay import Recording
+from benchmarks.oracle.written_down import NotWrittenDown, WrittenDown
 from tests.channel_pruning import IMAGE, Around, empty
 
 
@@ -124,7 +124,7 @@ def test_what_one_input_hides_and_another_would_not_stays() -> None:
 
 
 def test_of_two_that_hide_each_other_one_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.oracle_graph.loosened", lambda made, *_: made)
+    monkeypatch.setattr("benchmarks.oracle.written_down.loosened", lambda made, *_: made)
     verdict = _verdict(_hiding(), 2000, 6)
     assert [_numbers(verdict.rows[name]) for name in ("q.weight", "k.weight")] in ([[0], []], [[], [0]])
 

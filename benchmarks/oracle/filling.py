@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracle_replay import Call, Product, double, run
+from benchmarks.oracle.replay import Call, Product, double, run
 
 
 class Filling:

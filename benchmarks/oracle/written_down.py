@@ -2,7 +2,7 @@
 
 The ops of one run are written down, without mutation, and their results kept. A disturbance of a product's output is followed
 from op to op as they stand; what gives the same as before is not followed further, and neither are products. It is what
-`oracle_replay.Recording` finds by running the whole model, in a fraction of the time, for models whose ops can be written down.
+`replay.Recording` finds by running the whole model, in a fraction of the time, for models whose ops can be written down.
 
 Products are held at what they gave, or at that with noise: a ReLU that is zero on all that one input gives hides what is
 multiplied by it, and the next input would not.
@@ -22,7 +22,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from benchmarks.oracle_replay import Call, Product, ProductFinder, changed_channels, disturbed, loosened, run, size_of_noise
+from benchmarks.oracle.replay import Call, Product, ProductFinder, changed_channels, disturbed, loosened, run, size_of_noise
 
 LARGEST_VALUES = 8 * 2**30
 """Bytes of results beyond which they are not kept."""
@@ -46,7 +46,7 @@ class WrittenDown:
             with noise. None: all are held at what they were.
 
     Raises:
-        NotWrittenDown: use `oracle_replay.Recording`.
+        NotWrittenDown: use `replay.Recording`.
     """
 
     def __init__(self, model: nn.Module, call: Call, still: Sequence[Tensor] | None = None) -> None:

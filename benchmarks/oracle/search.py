@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.oracle_filling import Filling
-from benchmarks.oracle_graph import NotWrittenDown, WrittenDown
-from benchmarks.oracle_replay import Call, Product, Recording, TooLarge, ranges
+from benchmarks.oracle.filling import Filling
+from benchmarks.oracle.replay import Call, Product, Recording, TooLarge, ranges
+from benchmarks.oracle.written_down import NotWrittenDown, WrittenDown
 
 CONFIRMED = 1e-6
 """Largest difference of outputs that is none; parts of some models compute in float32."""

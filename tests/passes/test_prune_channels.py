@@ -435,3 +435,13 @@ def test_constants_go_through_bounds_that_are_buffers(low: float, high: float) -
         model.get_parameter("first.bias")[[1, 4]] = 0
     small, _ = pruned(model.eval(), torch.randn(5, 8))
     assert small.get_submodule("gate").out_features == 4
+
+
+def test_constants_that_overflow_are_not_known() -> None:
+    # Infinity times zero is no zero, so nothing goes on the word of what became infinite, though sigmoid makes it a one.
+    model = Around(lambda m, x: m.last(torch.sigmoid(torch.exp(m.first(x)))), first=nn.Linear(8, 6), last=nn.Linear(6, 2))
+    empty(model.get_parameter("first.weight"), 1, 4)
+    with torch.no_grad():
+        model.get_parameter("first.bias")[4] = 1000
+    small, _ = pruned(model.eval(), torch.randn(5, 8))
+    assert small.get_submodule("first").out_features == 5

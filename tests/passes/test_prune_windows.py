@@ -74,18 +74,20 @@ def test_baddbmm_ties_a_head_to_its_positions() -> None:
     }
 
 
+@pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("divisor", [None, 5])
 @pytest.mark.parametrize("padding", [0, 1])
-def test_an_average_over_padding_leaves_constants_to_a_carrier(padding: int, divisor: int | None) -> None:
+def test_an_average_over_padding_leaves_constants_to_a_carrier(padding: int, divisor: int | None, window: int) -> None:
     model = Around(
         lambda m, x: m.last(F.avg_pool2d(torch.sigmoid(m.first(x)), 3, 1, padding, divisor_override=divisor)) + m.beside(x),
         first=nn.Conv2d(3, 8, 1),
-        last=nn.Conv2d(8, 4, 3, padding=1, bias=False),
+        last=nn.Conv2d(8, 4, window, padding=window // 2, bias=False),
         beside=nn.Conv2d(3, 4, 3, padding=padding),
     )
     empty(model.get_parameter("first.weight"), 1, 2, 6)
     small, _ = pruned(model.eval(), torch.randn(IMAGE))
-    assert small.get_submodule("first").out_channels == 6
+    even = padding == 0 and divisor is None and window == 1
+    assert small.get_submodule("first").out_channels == (5 if even else 6)
 
 
 def test_an_average_over_padding_that_more_than_a_product_reads_keeps_channels_that_are_not_zero() -> None:

@@ -4,13 +4,13 @@ and SNIP at four densities, and 2:4 masks along one axis and along both. Test er
 
 All methods of a seed have the same first weights, batches and learning rates: SGD with Nesterov momentum 0.9, weight decay
 5e-4, batches of 128, one cycle up to 0.1. The test images are the last 5 000 of the 50 000 to train on, which no net sees.
-What a method is not told here is its own default. A layer's density is the same in all layers; the first convolution and norms
-stay dense.
+What a method is not told here is its own default. All layers have the same density but where a method shares weights out among
+them (SNIP from the start, sparse momentum as it goes); the first convolution and norms stay dense.
 
 ``gpu``: a ResNet-14 of width 16, 32 and 64, 60 epochs. ``cpu`` is what two cores can do in about an hour, and departs from it:
 one block a stage behind a first convolution of stride 2 (78 thousand parameters), 4 epochs, and, since that is few steps,
-methods that change masks once an epoch or every 100 steps do so forty times a run. So its errors are far from published ones,
-and only what stands beside it in the table compares. ``smoke`` takes the shipped digits.
+methods that change masks once an epoch or every 100 steps do so forty times a run (`claims.trainer.interval`). So its errors are
+far from published ones, and only what stands beside it in the table compares. ``smoke`` takes the shipped digits.
 
     python -m benchmarks.cifar10_methods --scale smoke|cpu|gpu --data FOLDER [--workers 2] [--only set rigl] [--out FOLDER]
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,38 +29,39 @@ from pathlib import Path
 
 import torch
 
-import sparsefx
 from benchmarks.claims.results import Results
-from benchmarks.claims.task import STEPS_PER_EPOCH, Option, Task
-from benchmarks.claims.trainer import CHANGES
+from benchmarks.claims.task import Task
 from benchmarks.sweep import write_text
 from sparsefx.analysis import estimate
 
 DENSITIES = (0.5, 0.25, 0.1, 0.05)
-METHODS = ("small", "static", "set", "rigl", "sparse-momentum", "magnitude", "lottery", "gradual", "snip")
+METHODS = ("small", "static-random", "set", "rigl", "sparse-momentum", "magnitude", "lottery", "gradual", "snip")
 PATTERNS = ("2:4", "2:4-transposable")
-# Those whose published interval (an epoch, 100 steps) leaves a short run with a handful of changes.
-NOW_AND_THEN = ("set", "rigl", "sparse-momentum", "gradual")
-NAMES = {"small": "SMALL", "magnitude": "magnitude rewiring", "lottery": "lottery ticket", "gradual": "gradual pruning"}
+NAMES = {
+    "small": "SMALL",
+    "static-random": "static random masks",
+    "magnitude": "magnitude rewiring",
+    "lottery": "lottery ticket",
+    "gradual": "gradual pruning",
+}
 Row = tuple[str, str]
 """Method and pattern."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the experiment is: data set, net and epochs of a run, seeds, and whether intervals are those published."""
+    """How large the experiment is: data set, net and epochs of a run, and seeds."""
 
     data: str
     net: str
     epochs: int
     seeds: int
-    published_intervals: bool = False
 
 
 SIZES = {
     "smoke": Size("digits", "conv", 2, 2),
     "cpu": Size("cifar10", "resnet8", 4, 3),
-    "gpu": Size("cifar10", "resnet", 60, 3, published_intervals=True),
+    "gpu": Size("cifar10", "resnet", 60, 3),
 }
 
 
@@ -77,12 +77,7 @@ def tasks(size: Size, only: Sequence[str] = ()) -> dict[tuple[Row, float], list[
 
 
 def _task(size: Size, row: Row, density: float, seed: int) -> Task:
-    method, pattern = row
-    options: tuple[Option, ...] = ()
-    if method in NOW_AND_THEN and not size.published_intervals:
-        # Never much oftener: a change of RigL takes the place of a step.
-        options = (("rewire_every", max(10, size.epochs * STEPS_PER_EPOCH[size.data] // CHANGES)),)
-    return Task(size.data, size.net, method, density, pattern, options, size.epochs, seed)
+    return Task(size.data, size.net, row[0], density, row[1], (), size.epochs, seed)
 
 
 def table(cells: Mapping[tuple[Row, float], Sequence[Task]], results: Results) -> str:
@@ -135,17 +130,14 @@ def main() -> None:
     cells = tasks(size, arguments.only)
     results = Results(arguments.out / arguments.scale, data=arguments.data, device=arguments.device, workers=arguments.workers)
     by_seed = sorted((task for group in cells.values() for task in group), key=lambda task: task.seed)
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    told = (
-        f"{size.data}, net {size.net}, {size.epochs} epochs, seeds 0 to {size.seeds - 1}; device {arguments.device} ({name}), "
-        f"one thread a run; torch {torch.__version__}, sparsefx {sparsefx.__version__}"
-    )
+    told = f"{size.data}, net {size.net}, {size.epochs} epochs, seeds 0 to {size.seeds - 1}"
     print(f"{told}; {len(by_seed)} runs, {len(results.missing(by_seed))} of them to make", flush=True)
     started = time.perf_counter()
     if not arguments.table:
         results.run(by_seed)
+    told = "; ".join([told, *results.made_with(task for task in by_seed if results.path(task).exists())])
     text = f"{table(cells, results)}\n\n{counts(cells, results)}\n"
-    print(f"\n{text}\n{time.perf_counter() - started:.0f} s")
+    print(f"\n{told}\n\n{text}\n{time.perf_counter() - started:.0f} s")
     write_text(arguments.out / f"table-{arguments.scale}.md", f"{told}\n\n{text}")
 
 

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import cifar10_methods
 from benchmarks.cifar10_methods import DENSITIES, METHODS, SIZES, counts, table, tasks
 from benchmarks.claims.results import Results
+from benchmarks.claims.trainer import interval
 
 
 def _put(results: Results, cell: list, errors: list[float], weights: int = 100) -> None:
@@ -31,10 +32,11 @@ def test_every_method_stands_at_every_density_with_all_seeds(scale: str) -> None
 
 
 def test_short_runs_change_masks_forty_times_and_long_ones_as_published() -> None:
-    short, long = (tasks(SIZES[scale])[("rigl", "unstructured"), 0.1][0] for scale in ("cpu", "gpu"))
-    steps = SIZES["cpu"].epochs * 351
-    assert dict(short.options)["rewire_every"] == steps // 40
-    assert long.options == ()
+    short, long = (SIZES[scale].epochs * 351 for scale in ("cpu", "gpu"))
+    assert interval("rigl", short, 351) == interval("sparse-momentum", short, 351) == short // 40
+    assert interval("rigl", long, 351) == 100
+    assert interval("sparse-momentum", long, 351) == 351
+    assert interval("rigl", 50, 25) == 10
 
 
 def test_only_keeps_the_dense_net_beside_what_is_asked_for() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.claims.claim import Finding, _page
+import sparsefx
+from benchmarks.claims.claim import Finding, _dead, _page
 from benchmarks.claims.every import CLAIMS
 from benchmarks.claims.networks import build, load
 from benchmarks.claims.results import Results, _make
-from benchmarks.claims.task import STEPS_PER_EPOCH, Scale, Task, scale_of
-from benchmarks.claims.trainer import train
+from benchmarks.claims.task import RECIPE, STEPS_PER_EPOCH, Scale, Task, scale_of
+from benchmarks.claims.trainer import _Run, _weights, train
 from benchmarks.claims.verdict import Check, below, difference, equal, together
 
 SMOKE = scale_of("smoke", has_mnist=False, has_cifar10=False)
@@ -114,12 +115,53 @@ def test_equal_tasks_are_one_run_and_others_are_not() -> None:
     assert len(keys) == 4
 
 
+def test_an_option_that_says_what_is_so_anyway_makes_no_other_run() -> None:
+    assert SMOKE.tasks("magnitude", 0.1, rewire_every=1, scale=1.0) == SMOKE.tasks("magnitude", 0.1)
+    assert SMOKE.tasks("magnitude", 0.1, rewire_every=2) != SMOKE.tasks("magnitude", 0.1)
+
+
+def test_runs_of_another_recipe_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = TINY.key
+    monkeypatch.setattr("benchmarks.claims.task.RECIPE", RECIPE + 1)
+    assert TINY.key != before
+
+
+def test_nets_that_learned_nothing_are_told() -> None:
+    named = {"dense": SMOKE.tasks("dense"), "sparse": SMOKE.tasks("magnitude", 0.1)}
+    results = Figures(lambda task: 90.0 if task.method == "magnitude" and task.seed == 1 else 3.0)
+    assert _dead(named, results) == ["sparse: 1 of 2 nets learned nothing"]
+
+
+def test_longer_training_closes_a_gap_only_where_there_was_one() -> None:
+    claim, at = CLAIMS[9], Scale("cpu", 5, SMOKE.main, SMOKE.images)
+    gaps = {SMOKE.main.epochs: 3.0, 2 * SMOKE.main.epochs: 0.5, 4 * SMOKE.main.epochs: 0.2}
+    closing = Figures(lambda task: 5.0 + task.seed + (gaps[task.epochs] if task.density == 0.25 else 0.0))
+    assert claim.judge(claim.tasks(at), closing, at).word == "holds"
+    same = Figures(lambda task: 5.0 + task.seed)
+    assert claim.judge(claim.tasks(at), same, at).word == "does not hold"
+
+
+def test_the_momentum_of_the_optimizer_stays_as_published() -> None:
+    run = _Run(TINY, load("digits", None))
+    state, _ = run.train(build("conv"), 0, 3, None)
+    assert state["param_groups"][0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("net", ["resnet8", "resnet"])
+def test_nets_as_narrow_as_the_sparsest_are_small_exist(net: str) -> None:
+    sparse = sparsefx.sparsify(build(net), pattern="unstructured", density=0.05)
+    small = sparsefx.small_baseline(sparse, None, torch.randn(2, 3, 32, 32))
+    wanted = _weights(sparse)
+    assert sum(parameter.numel() for parameter in small.parameters()) == pytest.approx(wanted, rel=0.05)
+
+
 def test_results_that_are_there_are_not_made_again(tmp_path: Path) -> None:
     results = Results(tmp_path)
     assert results.missing([TINY, TINY, replace(TINY, seed=1)]) == [TINY, replace(TINY, seed=1)]
     _make(TINY, str(results.path(TINY)), None, "cpu")
     content = results.path(TINY).read_text()
-    assert set(json.loads(content)) == {"task", "result"}
+    assert set(json.loads(content)) == {"task", "made_with", "result"}
+    assert f"torch {torch.__version__}" in results.made_with([TINY])[0]
     _make(TINY, str(results.path(TINY)), None, "cpu")
     assert results.path(TINY).read_text() == content
     assert results.missing([TINY]) == []

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-import sparsefx
 from benchmarks.claims.networks import find
 from benchmarks.claims.results import Results
 from benchmarks.claims.task import Scale, Task, scale_of
@@ -22,6 +20,8 @@ from sparsefx.analysis.plots import COLOURS, new_figure
 from sparsefx.html import Markup, bullets, page, section, svg_picture, table, write_text
 
 Point = tuple[float, Sequence[float]]
+LEARNED_NOTHING = 80.0
+"""Test error in percent; all data sets have ten classes."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,16 @@ def main(*claims: Claim, description: str) -> None:
     missing = len(results.missing(tasks))
     told = (
         f"scale {scale.name}: {scale.main.data}/{scale.main.net}, {scale.main.epochs} epochs; {scale.images.data}/"
-        f"{scale.images.net}, {scale.images.epochs} epochs; seeds 0 to {scale.seeds - 1}; device {arguments.device} "
-        f"({_device_name(arguments.device)}), one thread a run; torch {torch.__version__}, sparsefx {sparsefx.__version__}"
+        f"{scale.images.net}, {scale.images.epochs} epochs; seeds 0 to {scale.seeds - 1}"
     )
     print(f"{told}; {len(set(tasks))} runs, {missing} of them to make", flush=True)
     results.run(tasks)
+    told = "; ".join([told, *results.made_with(tasks)])
+    print(told)
     findings = []
     for claim in chosen:
         finding = claim.judge(wanted[claim.number], results, scale)
+        finding = replace(finding, notes=[*finding.notes, *_dead(wanted[claim.number], results)])
         findings.append((claim, finding))
         print(f"\n{claim.number}. {claim.says}\n   {finding.word.upper()}. Rule: {claim.rule}")
         for check in finding.checks:
@@ -119,8 +121,10 @@ def main(*claims: Claim, description: str) -> None:
     print(f"\nwrote {path}; {time.perf_counter() - started:.0f} s")
 
 
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+def _dead(named: Mapping[str, Sequence[Task]], results: Results) -> list[str]:
+    """Nets that learned nothing: their errors say that training broke down, not how good a method is."""
+    dead = {name: sum(error >= LEARNED_NOTHING for error in results.values(group)) for name, group in named.items()}
+    return [f"{name}: {count} of {len(named[name])} nets learned nothing" for name, count in dead.items() if count]
 
 
 def _page(findings: Sequence[tuple[Claim, Finding]], told: str, scale: Scale) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from benchmarks.claims.claim import Chart, Claim, Curve, Finding, main
 from benchmarks.claims.results import Results
 from benchmarks.claims.task import Scale, Task
-from benchmarks.claims.verdict import Check, Word, below
+from benchmarks.claims.verdict import Check, Word, below, student
 from sparsefx.analysis import Estimate, accuracy_fraction
 from sparsefx.errors import OptionError
 
@@ -36,7 +36,8 @@ def judge(named: Mapping[str, list[Task]], results: Results, scale: Scale) -> Fi
         density: _fraction(errors["dense"], errors[f"sparse/{density}"], errors[f"small/{density}"]) for density in DENSITIES
     }
     half = fractions[0.5]
-    low, high = half.mean - 2 * half.standard_error, half.mean + 2 * half.standard_error
+    width = student(half.count) * half.standard_error
+    low, high = half.mean - width, half.mean + width
     # A fraction of a way that is lost in the noise is no fraction.
     way = below("way from dense to SMALL at d=0.5, reversed", errors["dense"], errors["small/0.5"])
     word: Word = "undecided" if way.word != "holds" else "holds" if low > 0.8 else "does not hold" if high < 0.8 else "undecided"
@@ -57,7 +58,7 @@ def judge(named: Mapping[str, list[Task]], results: Results, scale: Scale) -> Fi
 CLAIM = Claim(
     9,
     says="f is about 1 at d = 0.5, and sparse beats SMALL at every d (paper, figure 9).",
-    rule="f at d = 0.5 is above 0.8 by two standard errors, where dense is better than SMALL beyond doubt; and the "
+    rule="f at d = 0.5 is above 0.8 with its 95 % interval, where dense is better than SMALL beyond doubt; and the "
     "sparse error is "
     "below SMALL's at d = 0.5, 0.25 and 0.1.",
     tasks=tasks,

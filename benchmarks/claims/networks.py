@@ -36,10 +36,12 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(width)
         same = inputs == width and stride == 1
         self.short = nn.Identity() if same else nn.Conv2d(inputs, width, 1, stride, bias=False)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
-        return functional.relu(inner + self.short(x))
+        inner = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        made: Tensor = self.relu2(inner + self.short(x))
+        return made
 
 
 def build(net: str) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import platform
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -67,6 +68,10 @@ class Results:
         found: dict[str, Any] = json.loads(self.path(task).read_text())["result"]
         return found
 
+    def made_with(self, tasks: Iterable[Task]) -> list[str]:
+        """On what the results were made, each once."""
+        return sorted({json.loads(self.path(task).read_text()).get("made_with", "unknown") for task in tasks})
+
     def values(self, tasks: Sequence[Task], name: str = "error") -> list[float]:
         """One figure a seed, in the order of the tasks."""
         return [float(self.get(task)[name]) for task in tasks]
@@ -75,10 +80,13 @@ class Results:
 def _make(task: Task, path: str, data: Path | None, device: str) -> None:
     import torch
 
+    import sparsefx
     from benchmarks.claims.trainer import train
 
     if Path(path).exists():  # made meanwhile, for another claim
         return
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
-    write_json(Path(path), {"task": asdict(task), "result": train(task, data, device)})
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    made_with = f"{device} ({name}), one thread a run, torch {torch.__version__}, sparsefx {sparsefx.__version__}"
+    write_json(Path(path), {"task": asdict(task), "made_with": made_with, "result": train(task, data, device)})

@@ -21,9 +21,16 @@ from sparsefx.analysis import Recorder, class_specialization
 
 # Chosen on dense nets; every method of a data set trains with the same.
 LEARNING_RATE = {"digits": 0.05, "mnist": 0.1, "cifar10": 0.1}
-# Changes of masks in a run, for methods whose published interval of 100 steps would leave short runs with a handful.
+# Steps from one change of masks to the next as published, None for an epoch. In a run too short for CHANGES of these, masks
+# change so many times, but not oftener than every LEAST steps: a change of RigL takes the place of a step.
+INTERVALS = {"rigl": 100, "dsr": 100, "top-kast": 100, "gradual": 100, "set": None, "sparse-momentum": None}
 CHANGES = 40
-INTERVALS = ("rigl", "dsr", "top-kast")
+LEAST = 10
+
+
+def interval(method: str, total: int, per_epoch: int) -> int:
+    """Steps from one change of masks to the next in a run of ``total`` steps, for a method of `INTERVALS`."""
+    return min(INTERVALS[method] or per_epoch, max(LEAST, total // CHANGES))
 
 
 class _Run:
@@ -39,7 +46,9 @@ class _Run:
         """Steps ``first + 1`` to ``last``; the order of batches depends on seed and epoch alone."""
         rate = LEARNING_RATE[self.task.data]
         optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=self.total, pct_start=0.15)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, rate, total_steps=self.total, pct_start=0.15, cycle_momentum=False
+        )
         if state is not None:
             optimizer.load_state_dict(state[0])
             schedule.load_state_dict(state[1])
@@ -64,7 +73,7 @@ class _Run:
     def _attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         options: dict[str, Any] = dict(self.task.options)
         if self.task.method in INTERVALS and "rewire_every" not in options:
-            options["rewire_every"] = max(1, min(100, self.total // CHANGES))
+            options["rewire_every"] = interval(self.task.method, self.total, self.per_epoch)
         generator = torch.Generator().manual_seed(self.task.seed)
         sparsefx.attach(model, optimizer, total_steps=self.total, steps_per_epoch=self.per_epoch, generator=generator, **options)
 
@@ -147,7 +156,9 @@ def _measured(task: Task, model: nn.Module, data: Data, recorder: Recorder | Non
         }
     if task.measure == "specialization":
         pairs = list(zip(data.test_images.split(500), data.test_labels.split(500), strict=True))
-        return {"specialization": class_specialization(model, pairs).mean}
+        # As the article does: what comes out of ReLUs.
+        modules = [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
+        return {"specialization": class_specialization(model, pairs, modules=modules).mean}
     if task.measure == "channels":
         return _channels(model, data)
     return {}

@@ -30,13 +30,18 @@ class Check:
     word: Word
 
 
+def student(count: int) -> float:
+    """Standard errors on each side of the mean of ``count`` values that make a 95 % interval."""
+    return _STUDENT.get(count - 1, 2.228)
+
+
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     """``first - second``, paired by seed: the same first weights and the same batches."""
     pairs = [one - other for one, other in zip(first, second, strict=True)]
     mean = statistics.fmean(pairs)
     if len(pairs) < 2:
         return Difference(mean, -math.inf, math.inf)
-    half = _STUDENT.get(len(pairs) - 1, 2.228) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    half = student(len(pairs)) * statistics.stdev(pairs) / math.sqrt(len(pairs))
     return Difference(mean, mean - half, mean + half)
 
 

@@ -55,6 +55,7 @@ def class_specialization(
         batches: ``(inputs, labels)``; inputs as for `sparsefx.sparsify`, labels int64 ``[N]`` from 0. N is the first axis of what
             the modules make.
         modules: paths of the modules whose outputs ``[N, channels, ...]`` are looked at; None stands for all convolutions.
+            The article looks at what comes out of ReLUs: name these where they are modules.
         least: share of a module's contribution that may be left out.
 
     Raises:

@@ -7,7 +7,7 @@ channels and round_to=16. Bars: at least 0.98 times as fast as the one built by 
 3.4 times, and MobileNetV2 at 3 times fewer 1.08 times as fast as dense.
 
     pip install torch-pruning
-    python benchmarks/pruned_speed.py [--repeats 15] [--image 224] [--only resnet50]
+    python benchmarks/pruned_speed.py [--repeats 51] [--image 224] [--only resnet50]
 
 One thread. Networks take turns; medians of the thread's processor time (``--clock wall`` for the time on the clock), into which
 other work on the machine enters only through caches and shared cores.
@@ -117,7 +117,7 @@ def told(label: str, value: float, bar: float) -> str:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Runs that medians are of.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Runs that medians are of.")] = 51,
     image: Annotated[int, typer.Option(help="Side of the image.")] = 224,
     clock: Annotated[str, typer.Option(help="processor or wall.")] = "processor",
     only: Annotated[list[str] | None, typer.Option(help="Networks.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import tempfile
 import time
@@ -79,14 +80,17 @@ def in_turn(
 ) -> list[float]:
     """Median seconds of each, run in turn after a run that does not count, since other work on a machine comes and goes.
 
-    Every second round goes backwards: a run also pays for what the one before it has driven out of the caches.
+    Each round has an order of its own: a run also pays for what the one before it has driven out of the caches, so that what
+    always came after the largest would look slow.
     """
     seconds: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
     turns = list(zip(runs, seconds, strict=True))
-    for number in range(repeats):
-        for run, mine in turns[:: -1 if number % 2 else 1]:
+    order = random.Random(0)
+    for _ in range(repeats):
+        order.shuffle(turns)
+        for run, mine in turns:
             start = clock()
             run()
             mine.append(clock() - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -36,14 +37,20 @@ def test_bounds_are_density_and_empty_channels_weighted_by_operations() -> None:
 
 def test_runs_take_turns_and_the_median_counts() -> None:
     order: list[str] = []
-    # Starts and ends of a, b, then backwards, then of a, b again.
-    ticks = iter([0, 1, 1, 11, 20, 22, 30, 32, 40, 43, 50, 60])
+    now = 0.0
 
-    def clock() -> float:
-        return float(next(ticks))
+    def take(name: str, seconds: tuple[float, ...]) -> None:
+        nonlocal now
+        now += seconds[order.count(name) % len(seconds)]
+        order.append(name)
 
-    assert in_turn([lambda: order.append("a"), lambda: order.append("b")], 3, clock) == [2.0, 10.0]
-    assert "".join(order) == "ababbaab"
+    runs = [lambda: take("a", (9.0, 1.0, 2.0, 3.0)), lambda: take("b", (10.0,)), lambda: take("c", (4.0,))]
+    assert in_turn(runs, 60, lambda: now) == [2.5, 10.0, 4.0]
+    rounds = ["".join(order[first : first + 3]) for first in range(0, len(order), 3)]
+    assert rounds[0] == "abc"
+    assert len(rounds) == 61
+    # All orders come, so that nobody always has the same one before it.
+    assert {"".join(one) for one in permutations("abc")} == set(rounds[1:])
 
 
 def test_both_runtimes_are_measured_and_the_models_stay_as_they_were() -> None:

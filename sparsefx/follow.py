@@ -79,7 +79,8 @@ def _plain(name: str) -> str:
 
 
 def plan_of(optimizers: Sequence[Optimizer], owners: dict[str, Followed], required: bool = True) -> list[list[str]]:
-    """For each optimizer, the names of the masked parameters that it updates."""
+    """For each optimizer, the names of the masked parameters that it updates, in the model's order."""
+    order = {name: number for number, name in enumerate(owners)}
     by_identity: dict[int, str] = {}
     for name, entry in owners.items():
         parameter = entry.parameter()
@@ -99,6 +100,7 @@ def plan_of(optimizers: Sequence[Optimizer], owners: dict[str, Followed], requir
     for position, optimizer in enumerate(optimizers):
         _expect_hookable(optimizer)
         names = [by_identity[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in by_identity]
+        names.sort(key=order.__getitem__)
         for name in names:
             if taken.setdefault(name, position) != position:
                 raise OptimizerError(

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
 
 from sparsefx.algorithms.options import expect_steps
 from sparsefx.api import attach, finalize, sparsify
@@ -56,7 +58,7 @@ def lottery_ticket(
 
     Raises:
         StateError: the model is sparsified already, or ``train`` made no optimizer step on masked weights.
-        OptionError: a number out of range, or more rounds than the pattern allows.
+        OptionError: a number out of range, more rounds than the pattern allows, or ``train`` returned an optimizer itself.
     """
     expect_steps("total_steps", total_steps)
     expect_steps("rounds", rounds)
@@ -74,6 +76,12 @@ def lottery_ticket(
             f"rounds={rounds} was given for pattern {chosen.name!r}, whose density is always {last:g}; leave it out"
         )
     state = train(model, 0, back, None) if back else None
+    live = [type(leaf).__name__ for leaf in tree_leaves(state) if isinstance(leaf, (Optimizer, LRScheduler))]
+    if live:
+        raise OptionError(
+            f"train returned a {live[0]} as its state; a copy of that would train nothing when weights are rewound. Return "
+            "state_dict()s, and load them into new ones where train is given a state"
+        )
     early_weights, early_state = _copies(model), copy.deepcopy(state)
     train(model, back, total_steps, state)
     for number in range(1, rounds + 1):
@@ -107,13 +115,16 @@ def _masks_kept(model: nn.Module, total_steps: int) -> Iterator[None]:
     """Attach to whatever optimizers of masked weights step in here, before their first step."""
     attached: list[MaskRuntime] = []
     seen: set[int] = set()
+    trained = False
 
     def follow(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal trained
         if id(optimizer) in seen:
             return
         seen.add(id(optimizer))
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         mine = [record for _, parameter, record in sparse_parameters(model) if id(parameter) in held]
+        trained = trained or bool(mine)
         if mine and all(record.runtime is None or record.runtime() is None for record in mine):
             attached.append(attach(model, optimizer, total_steps=total_steps))
 
@@ -129,5 +140,7 @@ def _masks_kept(model: nn.Module, total_steps: int) -> Iterator[None]:
             runtime.detach()
         for record in remembered:
             record.warned = False
-    if not seen:
-        raise StateError("train made no optimizer step on the masked model; expected it to train with a torch.optim optimizer")
+    if not trained:
+        raise StateError(
+            "train made no optimizer step on the masked model's weights; expected it to train them with a torch.optim optimizer"
+        )

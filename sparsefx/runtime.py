@@ -7,6 +7,7 @@ into p and n again ("Advances in Sparse Neural Model Training", algorithm 1).
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -214,6 +215,10 @@ class _OptimizerHooks:
             self._split()
             return
         self.step += 1
+        for layer in self.run.layers:
+            # The next step's is another, though it may be written into the same tensor unseen (``grad.data.copy_``).
+            if layer.parameter.grad is not None:
+                layer.parameter.grad.__dict__.pop(_EDITED, None)
         algorithm = self._runtime.algorithm
         choice = _AS_IT_IS if self._replaces else algorithm.after_step(self.run)
         scheduled = self._densities is not None and choice.rewire
@@ -245,6 +250,16 @@ class _OptimizerHooks:
         raise NonFiniteError(
             f"NaN or infinity in the weights of {', '.join(bad[:5]) or 'another process'} after optimizer step {self.step}: "
             "training diverged. Go back to the last checkpoint; lower the learning rate or clip gradients"
+        )
+
+
+def _warn_if_masks_stay(algorithm: Algorithm, run: Run) -> None:
+    every = algorithm.in_force(run).get("rewire_every")
+    if algorithm.moves and isinstance(every, int) and every >= run.total_steps > 1:
+        warnings.warn(
+            f"algorithm {algorithm.name!r} changes masks every {every} steps, but the run has {run.total_steps}, so that they "
+            "never move; give attach(..., rewire_every=) a smaller number",
+            stacklevel=4,
         )
 
 
@@ -281,6 +296,7 @@ class MaskRuntime:
         for run, names in zip(runs, plan, strict=True):
             run.layers = [Layer(name, owners[name].parameter(), owners[name].record, run) for name in names]
             algorithm.check(run)
+        _warn_if_masks_stay(algorithm, runs[0])
         refuse_double_following(owners, plan, replace)
         broadcast_masks(model, self._generator)
         broadcast_generator(owners, self._generator)
@@ -311,7 +327,8 @@ class MaskRuntime:
         """Follow masked parameters that ``optimizer.add_param_group`` brought since (called by the hooks)."""
         free = {name: entry for name, entry in owners_of(self._model).items() if runtime_of(entry) is None}
         new = [free[name] for name in plan_of([hooks.optimizer], free, required=False)[0]]
-        hooks.followed.extend(new)
+        order = {name: number for number, name in enumerate(owners_of(self._model))}
+        hooks.followed = sorted([*hooks.followed, *new], key=lambda entry: order[entry.name])
         self._claim(hooks, new)
 
     @property
@@ -366,6 +383,7 @@ class MaskRuntime:
                 parameters[entry.name] = {
                     "pattern": record.pattern.name,
                     "density": record.density,
+                    "target": record.target,
                     "mask": record.distributed(record.mask.clone()),
                     "dormant": None if dormant is None else record.distributed(dormant),
                     "state": {key: record.distributed(value.clone()) for key, value in record.state.items()},
@@ -406,6 +424,7 @@ class MaskRuntime:
                 parameter.copy_(torch.where(entry.record.mask, parameter, dormant))
             entry.record.merged, entry.record.mask_before = False, None
             entry.record.density = saved["density"]
+            entry.record.target = saved.get("target", entry.record.target)
             entry.record.mask.copy_(saved["mask"])
             entry.record.threshold = None
             if saved["dormant"] is not None:

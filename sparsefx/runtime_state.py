@@ -55,6 +55,9 @@ def check_state(state: dict[str, Any], records: Mapping[str, SparseParameter], a
             raise refuse(f"other values of the algorithm for {name}", "its own", "sparsify with the same algorithm and options")
         if not isinstance(saved["density"], (int, float)) or not 0 < saved["density"] <= 1:
             raise refuse(f"density {saved['density']!r} for {name}", "a number in (0, 1]", "load an undamaged state")
+        target = saved.get("target")
+        if target is not None and (not isinstance(target, (int, float)) or not 0 < target <= 1):
+            raise refuse(f"target {target!r} for {name}", "a number in (0, 1]", "load an undamaged state")
         if not _fits(mask, record, saved["density"]):
             raise refuse(f"a mask for {name} that is not {record.pattern.name}", "one that is", "load an undamaged state")
     if not _is_random_state(state["generator"]):

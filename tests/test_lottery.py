@@ -86,3 +86,22 @@ def test_bad_options_are_refused_before_any_training() -> None:
 def test_a_train_function_without_optimizer_steps_is_told() -> None:
     with pytest.raises(StateError, match="no optimizer step"):
         sparsefx.lottery_ticket(small_net(), lambda model, first, last, state: None, total_steps=5)
+
+
+def test_steps_of_other_weights_are_no_training_of_the_ticket() -> None:
+    other = torch.nn.Parameter(torch.zeros(1))
+
+    def train(model: torch.nn.Module, first: int, last: int, state: object) -> None:
+        other.grad = torch.ones(1)
+        torch.optim.SGD([other], 0.1).step()
+
+    with pytest.raises(StateError, match="no optimizer step on the masked"):
+        sparsefx.lottery_ticket(small_net(), train, total_steps=5, density=0.5)
+
+
+def test_an_optimizer_as_state_is_refused_since_its_copy_would_train_nothing() -> None:
+    def train(model: torch.nn.Module, first: int, last: int, state: object) -> object:
+        return {"optimizer": torch.optim.SGD(model.parameters(), 0.1)}
+
+    with pytest.raises(OptionError, match=r"returned a SGD as its state.*state_dict"):
+        sparsefx.lottery_ticket(small_net(), train, total_steps=5, rewind_to=2, density=0.5)

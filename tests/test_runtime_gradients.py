@@ -24,7 +24,7 @@ def build(algorithm: str, **options: Any) -> tuple[nn.Module, torch.optim.Optimi
 @pytest.mark.parametrize("counts", [(1, 2), (3, 1, 2), (2, 1)])
 def test_gradients_of_any_number_of_micro_batches_are_masked(algorithm: str, counts: tuple[int, ...]) -> None:
     """New gradients lie where old ones lay, and counting versions alone takes one for the other."""
-    model, optimizer = build(algorithm, **({} if algorithm == "static" else {"rewire_every": 1000}))
+    model, optimizer = build(algorithm, **({} if algorithm == "static" else {"rewire_every": 999}))
     generator = torch.Generator().manual_seed(0)
     for step in range(12):
         optimizer.zero_grad()
@@ -57,10 +57,21 @@ def test_a_step_that_is_tried_again_edits_once() -> None:
 
 
 def test_a_gradient_that_has_changed_is_edited_again() -> None:
-    model, optimizer = build("set", rewire_every=1000)
+    model, optimizer = build("set", rewire_every=999)
     model(torch.ones(4, 64)).square().mean().backward()
     optimizer.step()
     model(torch.ones(4, 64)).square().mean().backward()
     optimizer.step()
     mask = sparsefx.masks(model)["0.weight"]
     assert not model[0].weight.grad[~mask].any()
+
+
+def test_a_gradient_that_is_written_anew_unseen_is_edited_again() -> None:
+    model, optimizer = build("set", rewire_every=999)
+    model(torch.ones(4, 64)).square().mean().backward()
+    optimizer.step()
+    mask = sparsefx.masks(model)["0.weight"]
+    model[0].weight.grad.data.copy_(torch.ones_like(mask, dtype=torch.float32))
+    optimizer.step()
+    assert not model[0].weight.grad[~mask].any()
+    assert not optimizer.state[model[0].weight]["momentum_buffer"][~mask].any()

@@ -75,3 +75,29 @@ def test_a_state_that_does_not_fit_is_refused_whole(change: str) -> None:
     for name in before[0]["parameters"]:
         assert torch.equal(before[0]["parameters"][name]["mask"], after[0]["parameters"][name]["mask"])
     assert all(torch.equal(a, b) for a, b in zip(before[1].values(), after[1].values(), strict=True))
+
+
+def test_gradual_pruning_goes_on_towards_the_densities_of_the_run_that_was_saved() -> None:
+    def build(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer, sparsefx.MaskRuntime]:
+        model = small_net(seed)
+        with torch.no_grad():
+            model[5].weight.mul_(1 + seed)
+        sparsefx.sparsify(model, pattern="unstructured", density=0.1, algorithm="gradual", densities="global")
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        return model, optimizer, sparsefx.attach(model, optimizer, total_steps=12, rewire_every=2)
+
+    data = batches(12)
+    model, optimizer, runtime = build(0)
+    train(model, optimizer, data[:5])
+    saved = copy.deepcopy((model.state_dict(), runtime.state_dict()))
+    train(model, optimizer, data[5:])
+    other, again, second = build(4)
+    second.load_state_dict(saved[1])
+    other.load_state_dict(saved[0])
+    train(other, again, data[5:])
+    for name, mask in sparsefx.masks(model).items():
+        assert torch.equal(sparsefx.masks(other)[name], mask), name
+    broken = copy.deepcopy(saved[1])
+    broken["parameters"]["5.weight"]["target"] = 7.0
+    with pytest.raises(StateError, match=r"target 7\.0"):
+        second.load_state_dict(broken)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
+import torch
 from torch import Tensor
 
 from sparsefx import schedules
@@ -17,7 +18,7 @@ from sparsefx.algorithms.drop_grow import Places, Score, Share, Within, drop_sma
 from sparsefx.algorithms.layer import Layer, Run, has_momentum, keeps_state_apart, no_momentum
 from sparsefx.algorithms.options import expect_one_of, expect_share, expect_steps
 from sparsefx.algorithms.start import Start
-from sparsefx.errors import OptimizerError, OptionError
+from sparsefx.errors import NonFiniteError, OptimizerError, OptionError
 from sparsefx.patterns import Block, Channel, GlobalUnstructured, Pattern, Unstructured
 from sparsefx.shards import counts_of
 
@@ -164,7 +165,8 @@ class DropAndGrow(Algorithm):
         every = self.rewire_every if self.rewire_every is not None else run.steps_per_epoch
         if every is None:
             raise OptionError(
-                f"algorithm {self.name!r} changes masks once an epoch; give attach steps_per_epoch=len(loader), or rewire_every="
+                f"algorithm {self.name!r} changes masks once an epoch; give attach steps_per_epoch= (optimizer steps, "
+                "len(loader) where each batch makes one), or rewire_every="
             )
         return every
 
@@ -202,7 +204,14 @@ class DropAndGrow(Algorithm):
 
 def _can_move(layer: Layer, parts: Parts) -> bool:
     # A layer that no gradient reached has nothing to grow by.
-    return layer.has_gradient or not parts.replaces_step
+    if not layer.trains or (parts.replaces_step and not layer.has_gradient):
+        return False
+    if parts.replaces_step and not bool(torch.isfinite(layer.gradient).all()):
+        raise NonFiniteError(
+            f"NaN or infinity in the gradient of {layer.name} at step {layer.run.step}, by which its mask was to move: training "
+            "diverged. Go back to the last checkpoint; lower the learning rate or clip gradients"
+        )
+    return True
 
 
 def drop_and_grow(layers: list[Layer], parts: Parts, fractions: list[float]) -> None:

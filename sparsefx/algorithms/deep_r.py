@@ -23,8 +23,9 @@ _SIGN = "sign"
 class DeepR(Algorithm):
     """Each weight has a sign and walks at random beside its gradient; one that crosses zero is dropped, another grown at random.
 
-    After the optimizer's step each participating weight moves by ``learning_rate * (noise * normal - penalty * sign)``. Weights
-    begin at zero, with a random sign, in the layer that the dropped ones were in (with ``unstructured:global`` anywhere).
+    After the optimizer's step each participating weight moves by ``learning_rate * (noise * normal - penalty * sign)``, as in the
+    authors' code; in the paper the noise is ``sqrt(2 * learning_rate * temperature)``. Weights begin at zero, with a random sign,
+    in the layer that the dropped ones were in (with ``unstructured:global`` anywhere).
 
     Attributes:
         penalty: of the L1 norm.
@@ -63,11 +64,12 @@ class DeepR(Algorithm):
         layer.state[_SIGN] = torch.where(layer.weight < 0, -1, 1).to(torch.int8)
 
     def after_step(self, run: Run) -> Split:
-        kept = [self._walk(run, layer) for layer in run.layers]
-        if all(isinstance(layer.pattern, GlobalUnstructured) for layer in run.layers):
-            self._replace(run.layers, kept)
+        layers = [layer for layer in run.layers if layer.trains]
+        kept = [self._walk(run, layer) for layer in layers]
+        if layers and all(isinstance(layer.pattern, GlobalUnstructured) for layer in layers):
+            self._replace(layers, kept)
         else:
-            for layer, stays in zip(run.layers, kept, strict=True):
+            for layer, stays in zip(layers, kept, strict=True):
                 self._replace([layer], [stays])
         return Split()
 
@@ -77,7 +79,8 @@ class DeepR(Algorithm):
         values = weight[layer.mask]
         noise = torch.randn(values.shape, generator=run.generator).to(values)
         weight[layer.mask] = values + rate * (self.noise * noise - self.penalty * sign[layer.mask].to(values.dtype))
-        return layer.mask & (weight * sign >= 0)
+        # What is no number stays, and is found when the step ends.
+        return layer.mask & ~(weight * sign < 0)
 
     def _replace(self, layers: list[Layer], kept: list[Tensor]) -> None:
         dropped = sum(int(layer.mask.sum()) - int(stays.sum()) for layer, stays in zip(layers, kept, strict=True))

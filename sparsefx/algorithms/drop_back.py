@@ -25,7 +25,7 @@ class DropBack(Algorithm):
 
     Attributes:
         fix_after: share of the run after which the masks stay.
-        first: which weights participate at first.
+        first: which weights participate in the first step. The others have moved as far after it, so that few of these stay.
     """
 
     fix_after: float = 1.0

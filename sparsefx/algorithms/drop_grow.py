@@ -157,7 +157,7 @@ def grow_largest(
             if not place.free:
                 grown.append(None)
             elif within == "neuron":
-                grown.append(_by_neuron(score, ~stays, count, 1 - place.layer.record.reduction_axis))
+                grown.append(_by_neuron(score, ~stays, count, place.layer.record.reduction_axis))
             else:
                 grown += largest_among([score], [~stays], count, shards=[place.shards], overwrite=True)
             del score  # a loop's name would keep it
@@ -171,7 +171,10 @@ def grow_largest(
             place.put(stays, new, clear_moments=clear_moments)
 
 
-def _by_neuron(scores: Tensor, candidates: Tensor, count: int, axis: int) -> Tensor:
+def _by_neuron(scores: Tensor, candidates: Tensor, count: int, reduction_axis: int) -> Tensor:
+    if reduction_axis == 2:  # of a stack [n, out, in], each matrix has its own outputs
+        return _by_neuron(scores.flatten(0, 1), candidates.flatten(0, 1), count, 1).view(candidates.shape)
+    axis = 1 - reduction_axis
     values, free = scores.movedim(axis, 0).flatten(1), candidates.movedim(axis, 0).flatten(1)
     taken = torch.tensor(allocate(count, values.mean(1).tolist(), free.sum(1).tolist()), device=values.device)
     order = values.masked_fill(~free, -1).argsort(dim=1, descending=True, stable=True)

@@ -83,10 +83,12 @@ class DynamicReparameterization(Algorithm):
         return {**Algorithm.in_force(self, run), "threshold": run.values.get(_THRESHOLD, self.threshold)}
 
     def move(self, run: Run) -> None:
-        if run.step % self.rewire_every or run.step >= run.total_steps or not run.layers:
+        if run.step % self.rewire_every or run.step >= run.total_steps:
             return
         threshold = run.values[_THRESHOLD]
-        places = [Places(layer) for layer in run.layers]
+        places = [Places(layer) for layer in run.layers if layer.trains]
+        if not places:
+            return
         sizes = [place.drop_scores(scores.magnitude) for place in places]
         # The largest of a layer stays whatever the threshold is, so that none dies.
         kept = [(place.active & (size >= threshold)) | place.best(size) for place, size in zip(places, sizes, strict=True)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from sparsefx.errors import CaptureError
 class GraSP(AtStart):
     """Weights with the largest ``w * (H g)`` participate: those whose removal would lower the norm of the gradient g most.
 
-    H is the Hessian of the loss. Gradients and products are summed over the calibration batches, batch by batch. The paper
-    divides logits by a temperature of 200; that belongs into ``loss_fn``.
+    H and g are those of the loss summed over the calibration batches, which are gone through twice. The paper divides logits by a
+    temperature of 200; that belongs into ``loss_fn``.
     """
 
     @property
@@ -30,13 +31,19 @@ class GraSP(AtStart):
         return "the weights that most preserve the flow of gradients participate from the start, for good"
 
     def scores(self, start: Start) -> list[Tensor]:
+        if isinstance(start.calibration, Iterator):
+            start = replace(start, calibration=list(start.calibration))
         flow = [torch.zeros_like(weight) for weight in start.weights]
         # Fused attention kernels have no second derivative.
         with start.unchanged(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            whole = [torch.zeros_like(weight) for weight in start.weights]
+            for loss, parameters in losses(start, self.name):
+                for sum_, part in zip(whole, gradients(loss, parameters), strict=True):
+                    sum_ += part
             for loss, parameters in losses(start, self.name):
                 first = gradients(loss, parameters, keep_graph=True)
-                # d/dw of g.detach() * g(w) is the product of Hessian and gradient.
-                product = torch.stack([(gradient.detach() * gradient).sum() for gradient in first]).sum()
+                # d/dw of g * g(w), with the first g held, is the product of Hessian and gradient.
+                product = torch.stack([(sum_ * part).sum() for sum_, part in zip(whole, first, strict=True)]).sum()
                 try:
                     products = gradients(product, parameters)
                 except RuntimeError as error:

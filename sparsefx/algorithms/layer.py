@@ -53,6 +53,11 @@ class Layer:
         return self.record.state
 
     @property
+    def trains(self) -> bool:
+        """False for a layer that was frozen: nothing grows there, so that nothing may be dropped."""
+        return self.parameter.requires_grad
+
+    @property
     def has_gradient(self) -> bool:
         return self.parameter.grad is not None
 
@@ -84,6 +89,11 @@ class Layer:
         raise OptimizerError(f"{self.name} is no longer held by its {type(self.run.optimizer).__name__}")
 
     @property
+    def downhill(self) -> int:
+        """The sign of what makes a weight smaller when it is added to the gradient: -1 where the optimizer maximizes."""
+        return -1 if self.group.get("maximize") else 1
+
+    @property
     def learning_rate(self) -> float:
         return float(self.group["lr"])
 
@@ -99,7 +109,9 @@ class Layer:
         if buffer is None and "exp_avg" in state:
             buffer = state["exp_avg"]
             if "exp_avg_sq" in state:
-                root = state["exp_avg_sq"].sqrt().add_(1e-8)
+                square = state["exp_avg_sq"]
+                # 1e-8 is nothing in float16.
+                root = square.to(torch.promote_types(square.dtype, torch.float32)).sqrt().add_(1e-8)
                 buffer = torch.div(buffer, root, out=root) if buffer.dtype == root.dtype else buffer / root
         if buffer is not None:
             return self._beside(torch.as_tensor(buffer), "its momentum")
@@ -124,13 +136,18 @@ class Layer:
 
     def mask_moments(self) -> None:
         """Zero what the optimizer keeps of weights that do not participate."""
-        moments = self._moments()
+        moments = list(self._moments().values())
         keep_masked(moments, [self.record.mask] * len(moments))
 
-    def _moments(self) -> list[Tensor]:
-        kept = self._optimizer_state.values()
-        values = [self._beside(value, "its optimizer state") for value in kept if isinstance(value, Tensor)]
-        return [value for value in values if value.shape == self.mask.shape and value.is_floating_point()]
+    def _moments(self) -> dict[str, Tensor]:
+        """What the optimizer keeps of each weight, by its name in the optimizer's state."""
+        kept = self._optimizer_state.items()
+        values = {name: self._beside(value, "its optimizer state") for name, value in kept if isinstance(value, Tensor)}
+        return {name: value for name, value in values.items() if value.shape == self.mask.shape and value.is_floating_point()}
+
+    def _first_moment(self, name: str) -> float:
+        """What the optimizer begins with: zero, but for Rprop's step sizes and the sums that Adagrad may begin with."""
+        return float(self.group.get({"step_size": "lr", "sum": "initial_accumulator_value"}.get(name, ""), 0.0))
 
     def set_mask(self, mask: Tensor, *, density: float | None = None, clear_moments: bool = True) -> None:
         """Let the mask become ``mask``, in place. Weights that come or go are zero from now on.
@@ -138,13 +155,13 @@ class Layer:
         Args:
             mask: bool, of the weight's shape.
             density: the layer's share of participating weights from now on; None keeps it.
-            clear_moments: what the optimizer keeps of weights that come or go becomes zero too, as it would be for a new
-                parameter.
+            clear_moments: what the optimizer keeps of weights that come or go becomes what it would be for a new parameter, zero
+                in most; what it keeps once for all weights (Adam's count of steps) stays.
         """
         if clear_moments:
             changed = mask != self.record.mask
-            for value in self._moments():
-                value.masked_fill_(changed, 0)
+            for name, value in self._moments().items():
+                value.masked_fill_(changed, self._first_moment(name))
         dormant = self.record.dormant
         self.weight.masked_fill_(~(mask & self.record.mask), 0)
         self.record.mask.copy_(mask)

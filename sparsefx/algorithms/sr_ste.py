@@ -60,7 +60,7 @@ def decay_dormant(run: Run, layer: Layer, decay: float) -> None:
     # Inside a step the weight holds them.
     dormant = layer.weight.masked_fill(record.mask, 0) if record.merged and record.compact is not None else record.dormant
     if dormant is not None:
-        layer.gradient.add_(dormant if scale is None else dormant * scale, alpha=decay)
+        layer.gradient.add_(dormant if scale is None else dormant * scale, alpha=decay * layer.downhill)
 
 
 SR_STE = SRSTE()

@@ -68,14 +68,15 @@ class TopKAST(Algorithm):
 
     def edit_gradients(self, run: Run, layers: Sequence[Layer]) -> None:
         # Dormant values are zero where weights participate: they get what their penalty is larger by.
-        more = [self.penalty / max(layer.record.density, 1e-12) - self.penalty for layer in layers]
+        penalties = [self.penalty * layer.downhill for layer in layers]
+        more = [all_ / max(layer.record.density, 1e-12) - all_ for layer, all_ in zip(layers, penalties, strict=True)]
         gradients, reached = [layer.gradient for layer in layers], [layer.state[_BACKWARD] for layer in layers]
         if run.loss_scale is None:
             weights, records = [layer.weight for layer in layers], [layer.record for layer in layers]
-            penalize(gradients, weights, records, reached, scale=self.penalty, more=more)
+            penalize(gradients, weights, records, reached, scale=penalties, more=more)
             return
-        for layer, gradient, factor in zip(layers, gradients, more, strict=True):
-            gradient.add_(layer.weight * run.loss_scale, alpha=self.penalty)
+        for layer, gradient, all_, factor in zip(layers, gradients, penalties, more, strict=True):
+            gradient.add_(layer.weight * run.loss_scale, alpha=all_)
             gradient.add_(_dormant(layer) * run.loss_scale, alpha=factor)
         keep_masked(gradients, reached)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class SparsityCallback(SparseTraining, TrainerCallback):  # type: ignore[misc]  
             self._sparsify(model)
         if self.runtime is not None:
             self.runtime.detach()
-        options = {"total_steps": state.max_steps, "steps_per_epoch": _steps_per_epoch(state), **self._attach_options}
+        options = {"total_steps": state.max_steps, "steps_per_epoch": _steps_per_epoch(args, given), **self._attach_options}
         self.runtime = attach(model, inner_optimizer(given["optimizer"]), **options)
         if file is not None:
             load(model, file, runtime=self.runtime)
@@ -126,8 +127,13 @@ class SparsityCallback(SparseTraining, TrainerCallback):  # type: ignore[misc]  
         self._stop(given["model"])
 
 
-def _steps_per_epoch(state: TrainerState) -> int:
-    return max(1, round(int(state.max_steps) / max(1, int(state.num_train_epochs))))
+def _steps_per_epoch(args: TrainingArguments, given: Mapping[str, Any]) -> int | None:
+    """Optimizer steps of an epoch, the last of which may be of fewer batches; None where data has no length."""
+    try:
+        batches = len(given["train_dataloader"])
+    except (KeyError, TypeError):
+        return None
+    return max(1, -(-batches // int(args.gradient_accumulation_steps)))
 
 
 def _dummy_inputs(model: nn.Module) -> dict[str, Any] | None:

@@ -147,7 +147,7 @@ def penalize(
     records: Sequence[SparseParameter],
     reached: Sequence[Tensor],
     *,
-    scale: float,
+    scale: Sequence[float],
     more: Sequence[float],
     compiled: bool = True,
 ) -> None:
@@ -160,19 +160,19 @@ def penalize(
         weights: detached parameters, holding all values w, inside a step.
         records: one a weight, with dormant values, which `merge` has put back.
         reached: one a weight, bool, of its shape.
-        scale: on all weights.
+        scale: one a weight: on all of it.
         more: one a weight: what is added to that on dormant ones.
         compiled: False leaves everything to plain torch.
     """
     batch = native.Batch()
     compiled = compiled and native.available() and native.fuses_sums()
-    for gradient, weight, record, chosen, extra in zip(gradients, weights, records, reached, more, strict=True):
+    for gradient, weight, record, chosen, all_, extra in zip(gradients, weights, records, reached, scale, more, strict=True):
         alike = gradient.dtype == weight.dtype == torch.float32 and native.supports(gradient, chosen)
         if compiled and alike and native.supports(weight, record.mask) and gradient.stride() == weight.stride():
-            batch.penalize(gradient, weight, record.mask, chosen, scale, extra)
+            batch.penalize(gradient, weight, record.mask, chosen, all_, extra)
             continue
         assert record.dormant is not None
-        gradient.add_(weight, alpha=scale).add_(record.dormant, alpha=extra).masked_fill_(~chosen, 0)
+        gradient.add_(weight, alpha=all_).add_(record.dormant, alpha=extra).masked_fill_(~chosen, 0)
     batch.run()
 
 

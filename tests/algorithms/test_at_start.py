@@ -161,3 +161,20 @@ def test_grasp_runs_through_attention() -> None:
     batch = torch.randn(2, 5, 16)
     sparsefx.sparsify(model, density=0.5, pattern="unstructured", algorithm="grasp", calibration=[batch], loss_fn=square_loss)
     assert len(sparsefx.masks(model)) == 4
+
+
+def test_grasp_is_the_same_however_its_batches_are_cut() -> None:
+    images, labels = torch.cat([batch[0] for batch in DATA]), torch.cat([batch[1] for batch in DATA])
+    chosen = []
+    for size in (len(images), len(images) // 2):
+        cut = list(zip(images.split(size), labels.split(size), strict=True))
+
+        def summed(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+        model = small_net().double().eval()
+        cut = [(part.double(), target) for part, target in cut]
+        sparsefx.sparsify(model, pattern="unstructured", density=0.3, algorithm="grasp", calibration=cut, loss_fn=summed)
+        chosen.append(sparsefx.masks(model))
+    for name, mask in chosen[0].items():
+        assert torch.equal(mask, chosen[1][name]), name

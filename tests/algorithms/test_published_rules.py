@@ -227,7 +227,7 @@ def test_an_optimizer_without_momentum_is_refused_at_attach() -> None:
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({}, "steps_per_epoch=len"),
+        ({}, r"steps_per_epoch= \(optimizer steps"),
         ({"rewire_every": 2, "grwoth": "random"}, "did you mean 'growth'"),
         ({"rewire_every": 2, "growth": "fastest"}, "'neuron', 'global'"),
         ({"rewire_every": 2, "drop_fraction": 1.5}, "drop_fraction=1.5"),

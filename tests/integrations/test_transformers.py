@@ -189,3 +189,31 @@ def test_a_sparse_model_is_saved_loaded_copied_and_generates_as_ever(tmp_path: P
     dense = causal_lm(seed=4)
     sparsefx.load(dense, tmp_path / "sparse")
     assert torch.equal(dense(prompt).logits, model(prompt).logits)
+
+
+@pytest.mark.parametrize(("accumulation", "expected"), [(1, 8), (3, 3)])
+def test_an_epoch_has_the_steps_of_its_batches_however_long_the_run_is(tmp_path: Path, accumulation: int, expected: int) -> None:
+    callback = SparsityCallback("unstructured", sparsify_options={"density": 0.5, "algorithm": "set"})
+    told = set()
+
+    class Look(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            assert callback.runtime is not None
+            told.add(callback.runtime.report()["rewire_every"])
+
+    run = trainer(tmp_path, bert(), callback, steps=10, gradient_accumulation_steps=accumulation)
+    run.add_callback(Look())
+    run.train()
+    assert told == {expected}
+
+
+def test_data_without_a_length_wants_to_be_told_when_an_epoch_ends(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter(rows(True))
+
+    callback = SparsityCallback("unstructured", sparsify_options={"density": 0.5, "algorithm": "set"})
+    run = trainer(tmp_path, bert(), callback)
+    run.train_dataset = Stream()
+    with pytest.raises(OptionError, match="rewire_every="):
+        run.train()

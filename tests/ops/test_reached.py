@@ -50,7 +50,7 @@ def test_penalties_are_the_same_compiled_and_not(shape: tuple[int, ...], more: f
     results = []
     for compiled in (True, False):
         mine = gradient.clone()
-        penalize([mine], [weight], [record], [reached], scale=1e-4, more=[more], compiled=compiled)
+        penalize([mine], [weight], [record], [reached], scale=[1e-4], more=[more], compiled=compiled)
         results.append(mine)
     assert torch.equal(bits(results[0]), bits(results[1]))
     assert (bits(results[0])[~reached] == 0).all()
@@ -60,13 +60,13 @@ def test_penalties_of_other_types_and_layouts_are_torchs() -> None:
     weight, record, reached = parts((8, 8), dtype=torch.bfloat16)
     gradient = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     expected = gradient.add(weight, alpha=0.1).add(record.dormant, alpha=0.5).masked_fill(~reached, 0)
-    penalize([gradient], [weight], [record], [reached], scale=0.1, more=[0.5])
+    penalize([gradient], [weight], [record], [reached], scale=[0.1], more=[0.5])
     assert torch.equal(gradient, expected)
     weight, record, reached = parts((8, 8))
     merge([weight], [record])
     turned = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).t()
     expected = turned.add(weight, alpha=0.1).add(record.dormant, alpha=0.5).masked_fill(~reached, 0)
-    penalize([turned], [weight], [record], [reached], scale=0.1, more=[0.5])
+    penalize([turned], [weight], [record], [reached], scale=[0.1], more=[0.5])
     assert torch.equal(turned, expected)
 
 

@@ -22,6 +22,7 @@ def propagate_channels(
     progress: Callable[[int], None] | None = None,
     *,
     rules: Mapping[str, Rule] = RULES,
+    only_zeros: bool = False,
 ) -> Propagation:
     """Interpret the graphs of one model, which share labels through its parameters.
 
@@ -30,8 +31,9 @@ def propagate_channels(
         graphs: captured runs of it.
         progress: called with 1 after each node.
         rules: what ops make of channels; the default is for their removal.
+        only_zeros: whether constants other than zero count as unknown.
     """
-    propagation = Propagation(rules)
+    propagation = Propagation(rules, only_zeros=only_zeros)
     for graph in graphs:
         propagation.follow(graph, progress)
     _pin_attention_modules(model, propagation)

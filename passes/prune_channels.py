@@ -75,21 +75,25 @@ class ChannelPlanner:
         self._multiple = machine_multiple(device) if multiple == "auto" else int(multiple)
         progress("following channels")
         self._told: dict[str, str] = {}
-        graphs = self._graphs(trains)
-        self._modes = tuple(graph.training for graph in graphs)
+        self._trains = trains
+        self._graphs = self._captured(trains)
+        self._modes = tuple(graph.training for graph in self._graphs)
         if self._told and runs_in(model, self._arguments, training=True):
             self._modes = (False, True)
-        self._propagation: Propagation = propagate_channels(model, graphs)
-        self._roots = self._propagation.labels.roots()
-        self._layers: list[Layer] = merge_reads(model, self._propagation, self._roots, trains=trains)
-        self._patterns = [(layer, pattern) for layer in self._layers if (pattern := pattern_of(model, layer)) is not None]
-        self._whole: list[_Group] = []
         self._types = {path: type(module).__qualname__ for path, module in model.named_modules()}
+        self._shapes = ShapeTrial(model, self._arguments, self._modes)
+        self._follow(only_zeros=False)
+
+    def _follow(self, *, only_zeros: bool) -> None:
+        self._propagation: Propagation = propagate_channels(self._model, self._graphs, only_zeros=only_zeros)
+        self._roots = self._propagation.labels.roots()
+        self._layers: list[Layer] = merge_reads(self._model, self._propagation, self._roots, trains=self._trains)
+        self._patterns = [(layer, pattern) for layer in self._layers if (pattern := pattern_of(self._model, layer)) is not None]
+        self._whole: list[_Group] = []
         self._sized: set[str] = set()
         self._tried: set[str] = set()
-        self._shapes = ShapeTrial(model, self._arguments, self._modes)
 
-    def _graphs(self, trains: bool) -> list[ChannelGraph]:
+    def _captured(self, trains: bool) -> list[ChannelGraph]:
         graphs = [capture_channels(self._model, *self._arguments)]
         read = graphs[0].read()
         # Auxiliary heads run in train mode only; without them the result could not be trained.
@@ -130,7 +134,21 @@ class ChannelPlanner:
         failure = differs(plan)
         if failure is not None:
             plan = self._settled(lambda candidate: shapes.failure(candidate) or differs(candidate), failure)
+        if plan.empty or (elsewhere := self._differs_elsewhere(plan, values)) is None:
+            return replace(plan, report=replace(plan.report, difference=differences[-1] if not plan.empty else 0.0))
+        # What looks constant in a graph of one size may be another number in other sizes; zeros mostly are zeros there too.
+        self._told["constants"] = f"constants other than zero: {elsewhere.told}"
+        self._follow(only_zeros=True)
+        plan = self._settled(
+            lambda candidate: shapes.failure(candidate) or differs(candidate) or self._differs_elsewhere(candidate, values)
+        )
         return replace(plan, report=replace(plan.report, difference=differences[-1] if not plan.empty else 0.0))
+
+    def _differs_elsewhere(self, plan: ChannelPlan, values: ValueTrial) -> Failure | None:
+        found = values.difference_elsewhere(plan)
+        if found <= TOLERANCE or found <= NOISE * values.noise():
+            return None
+        return Failure("", f"with inputs of other sizes outputs differ by {found:.1e} of their largest value")
 
     def _settled(self, failure: Callable[[ChannelPlan], Failure | None], first: Failure | None = None) -> ChannelPlan:
         """A plan that the test has nothing against: groups that code holds the number of are found and kept whole."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from sparsefx.passes.channels.facts import Blocks, Read
 from sparsefx.passes.channels.graph import module_path, op_name
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
-from sparsefx.passes.channels.value import Floats, Value, Weight, along, constant_along
+from sparsefx.passes.channels.value import Floats, Value, Weight, along, constant_along, constants_read
 
 
 def convolution(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -31,11 +30,9 @@ def convolution(propagation: Propagation, node: fx.Node, arguments: dict[str, An
     transposed = bool(arguments.get("transposed")) or op_name(node).startswith("conv_transpose")
     groups = arguments["groups"]
     into = along(value.labels, 1, value.shape[1])
-    constant = constant_along(value, 1)
-    uniform = not transposed and not _pads(arguments)
-    if value.uneven is not None and groups == 1:
-        # Another constant channel has the same factor at every place, and can carry what is lost.
-        constant, uniform = constant_along(replace(value, constant=value.uneven), 1), False
+    constant, uniform = constant_along(value, 1), not transposed and not _pads(arguments)
+    if groups == 1:
+        constant, uniform = constants_read(value, 1, uniform=uniform)
     if groups > 1 and groups == value.shape[1] and shape_of(node)[1] == groups:
         return _depthwise(propagation, node, value, weight, bias, uniform=uniform)
     if groups > 1:

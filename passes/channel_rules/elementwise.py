@@ -139,7 +139,9 @@ _NAMES = [
 _BOUNDED = frozenset(("clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum", "fmax", "fmin"))
 _PRODUCTS = frozenset(("mul", "multiply"))
 # What these give for a constant depends on more than the elements that are tensors here.
-_NEVER_CONSTANT = frozenset(("masked_fill", "where", "nan_to_num"))
+_NEVER_CONSTANT = frozenset(("nan_to_num",))
+# One or the other of two, by a condition that may depend on inputs.
+_CHOOSING = {"where": ("self", "other"), "masked_fill": ("self", "value")}
 
 
 def elementwise(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -187,6 +189,10 @@ def _constant(node: fx.Node, arguments: dict[str, Any], given: dict[str, Value])
     rank = len(shape_of(node))
     name = op_name(node).removesuffix("_")
     constants = {key: value.lifted(rank).constant for key, value in given.items()}
+    if name in _CHOOSING:
+        one, other = (np.asarray(constants.get(key, arguments.get(key)), dtype=np.float64) for key in _CHOOSING[name])
+        chosen = np.where(one == other, one, np.nan)
+        return shrunk(chosen.reshape((1,) * (rank - chosen.ndim) + chosen.shape))
     if name in _BOUNDED:
         # Infinite bounds, which are no constants that channels could have, are bounds that can be computed with.
         constants |= {key: _infinite(value, rank) for key, value in arguments.items() if _is_infinite(value)}

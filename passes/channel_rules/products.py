@@ -16,7 +16,7 @@ from sparsefx.passes.channels.facts import Read
 from sparsefx.passes.channels.graph import module_path, op_name
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
-from sparsefx.passes.channels.value import Floats, Value, Weight, along, constant_along, nothing_known
+from sparsefx.passes.channels.value import Floats, Value, Weight, along, constants_read, nothing_known
 
 _ROWS = 256
 
@@ -78,17 +78,18 @@ def _product(propagation: Propagation, node: fx.Node, value: Value, weight: Weig
     last = len(value.shape) - 1
     if value.varying - {last}:
         return propagation.refuse(node, "meets channels along other axes than its own")
+    constant, uniform = constants_read(value, last, uniform=True)
     return add_product(
         propagation,
         node,
         axis=len(shape_of(node)) - 1,
         into=along(value.labels, last, value.shape[last]),
-        constant=constant_along(value, last),
+        constant=constant,
         weight=weight,
         out_axis=weight.order[1],
         in_axis=weight.order[0],
         bias=bias,
-        uniform=True,
+        uniform=uniform,
     )
 
 

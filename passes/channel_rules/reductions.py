@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -44,15 +43,18 @@ def _reduced(node: fx.Node, value: Value, numbers: list[int], shape: tuple[int, 
         first = constant.take([0], axis=axis)
         constant = np.where((constant == first).all(axis=axis, keepdims=True), first, np.nan)
     name = op_name(node)
+    uneven = constant if name == "sum" and not value.varying & set(numbers) else None
     if name == "sum":
-        constant = constant * math.prod(value.shape[axis] for axis in numbers)
+        # As many times the constant as there are places, and another input may have others.
+        constant = np.where(constant == 0, 0.0, np.nan)
     elif name not in _KEEPING:
         constant = np.full_like(constant, np.nan)
     if value.varying & set(numbers):
         labels = np.zeros_like(labels)
     if len(shape) < len(value.shape):
         labels, constant = labels.squeeze(tuple(numbers)), constant.squeeze(tuple(numbers))
-    return Value(shape, labels, constant)
+        uneven = None if uneven is None else uneven.squeeze(tuple(numbers))
+    return Value(shape, labels, constant, uneven)
 
 
 RULES: dict[str, Rule] = dict.fromkeys(

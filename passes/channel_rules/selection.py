@@ -13,7 +13,7 @@ from sparsefx.passes.channels.facts import Blocks, Split
 from sparsefx.passes.channels.graph import module_path, op_name
 from sparsefx.passes.channels.labels import PINNED
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
-from sparsefx.passes.channels.value import Value, Weight, along, shrunk
+from sparsefx.passes.channels.value import Floats, Value, Weight, along, shrunk
 
 
 def take(value: Value, axis: int, part: Any, *, keep: bool = True) -> Value:
@@ -37,7 +37,8 @@ def select(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -
     if not isinstance(index, int):
         return propagation.refuse(node, "takes an index that is not a number")
     index %= value.shape[axis]
-    return take(value, axis, slice(index, index + 1), keep=False)
+    made = take(value, axis, slice(index, index + 1), keep=False)
+    return _looked_up(propagation, node, value, axis, made) if propagation.is_stored(node.args[0]) else made
 
 
 def slice_(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -57,10 +58,20 @@ def slice_(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -
         return propagation.refuse(node, "has a form without a rule")
     if value.labels.shape[axis] > 1:
         propagation.facts.views.append((module_path(node), value.labels))
-        if propagation.is_stored(node.args[0]):
-            # Positions, masks: how many of them are taken is the length of the example, and another input takes more.
-            propagation.labels.union(value.labels, value.labels.take([0], axis=axis))
-    return made
+    return _looked_up(propagation, node, value, axis, made) if propagation.is_stored(node.args[0]) else made
+
+
+def _looked_up(propagation: Propagation, node: fx.Node, value: Value, axis: int, made: Value) -> Value:
+    """A part of a stored tensor, positions or masks or a task's row: another input takes other parts, so that these stay
+    together, and what is constant is so in all of them."""
+    if value.labels.shape[axis] > 1:
+        propagation.labels.union(value.labels, value.labels.take([0], axis=axis))
+    if value.constant.shape[axis] == 1:
+        return made
+    first = value.constant.take([0], axis=axis)
+    same = np.where((value.constant == first).all(axis=axis, keepdims=True), first, np.nan)
+    same = same if made.constant.ndim == same.ndim else same.squeeze(axis)
+    return made.with_constant(np.broadcast_to(same, made.constant.shape) if made.constant.size > 1 else same)
 
 
 def split(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -171,19 +182,24 @@ def pad(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> A
         mode = op_name(node)
     fill = float(arguments.get("value") or 0.0)
     labels, constant = value.labels, value.constant
+    # Amounts that are all zero were computed from sizes, and are others for other inputs.
+    computed = mode == "constant" and bool(amounts) and not any(amounts)
+    uneven = _with_border(value, len(amounts) // 2, fill) if mode == "constant" else None
     for number in range(len(amounts) // 2):
         axis = rank - 1 - number
         before, after = amounts[2 * number], amounts[2 * number + 1]
-        if not (before or after):
+        if not (before or after or computed):
             continue
         if labels.shape[axis] > 1:
+            if computed:
+                continue
             if mode != "constant":
                 return propagation.refuse(node, "reflects channels")
             labels = _cropped_or_grown(labels, axis, before, after, PINNED)
             constant = np.repeat(constant, value.shape[axis], axis) if constant.shape[axis] == 1 else constant
             constant = _cropped_or_grown(constant, axis, before, after, fill)
             propagation.facts.views.append((module_path(node), value.labels))
-        elif mode == "constant" and (before > 0 or after > 0):
+        elif mode == "constant" and (before > 0 or after > 0 or computed):
             # The border differs from the inside, but where the inside is what is padded with.
             inside = constant if constant.shape[axis] == 1 else constant.take([0], axis=axis)
             same = (
@@ -194,7 +210,16 @@ def pad(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> A
             constant = np.where(
                 (constant == constant.take([0], axis=axis)).all(axis, keepdims=True), constant.take([0], axis=axis), np.nan
             )
-    return Value(shape_of(node), labels, shrunk(constant))
+    return Value(shape_of(node), labels, shrunk(constant), uneven)
+
+
+def _with_border(value: Value, axes: int, fill: float) -> Floats | None:
+    """Constants that are zero at a border and what they were inside, alike for all channels: up to that they are known."""
+    constant = value.constant if value.uneven is None else value.uneven
+    last = range(len(value.shape) - axes, len(value.shape))
+    if fill != 0 or np.isnan(constant).all() or any(constant.shape[axis] > 1 or value.labels.shape[axis] > 1 for axis in last):
+        return None
+    return constant
 
 
 def _cropped_or_grown(array: Any, axis: int, before: int, after: int, fill: float) -> Any:

@@ -45,12 +45,14 @@ class ChannelGraph:
         weights: what placeholders stand for, by node name; placeholders that are no key are inputs.
         outputs: names of the nodes that the model returns; the graph's own output may list more.
         training: the mode that it was captured in.
+        changing: names of the buffers that the run writes to.
     """
 
     graph: fx.Graph
     weights: dict[str, Weight]
     outputs: frozenset[str]
     training: bool
+    changing: frozenset[str] = frozenset()
 
     def read(self) -> frozenset[str]:
         """Names of the parameters and buffers that some node reads."""
@@ -77,7 +79,8 @@ def capture_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
                 "its submodules that can be exported, each with inputs of its own"
             ) from error
     outputs = frozenset(name for name in program.graph_signature.user_outputs if isinstance(name, str))
-    return ChannelGraph(program.graph, _weights(model, program), outputs, training)
+    weights = _weights(model, program)
+    return ChannelGraph(program.graph, weights, outputs, training, _changing(program, weights))
 
 
 def module_path(node: fx.Node) -> str:
@@ -109,6 +112,23 @@ def _weights(model: nn.Module, program: ExportedProgram) -> dict[str, Weight]:
         if isinstance(tensor, Tensor):
             found[placeholder] = Weight(placeholder, tensor.detach(), tuple(range(tensor.dim())), False)
     return found
+
+
+def _changing(program: ExportedProgram, weights: dict[str, Weight]) -> frozenset[str]:
+    signature = program.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    found = {weights[placeholder].name for placeholder, name in signature.inputs_to_buffers.items() if name in written}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for argument, description in zip(node.args, node.target._schema.arguments, strict=False):
+            if description.alias_info is None or not description.alias_info.is_write:
+                continue
+            while isinstance(argument, fx.Node) and argument.op == "call_function" and argument.args:
+                argument = argument.args[0]
+            if isinstance(argument, fx.Node) and argument.name in weights:
+                found.add(weights[argument.name].name)
+    return frozenset(found)
 
 
 def _own_names(model: nn.Module) -> dict[int, str]:

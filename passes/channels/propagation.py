@@ -27,8 +27,10 @@ Rule = Callable[["Propagation", fx.Node, dict[str, Any]], Any]
 class Propagation:
     """The state of one interpretation; rules call its methods. Several graphs of a model may be followed one after another."""
 
-    def __init__(self, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, rules: Mapping[str, Rule], *, only_zeros: bool = False) -> None:
         self._rules = rules
+        self._only_zeros = only_zeros
+        self._changing: frozenset[str] = frozenset()
         self.labels = Labels()
         self.facts = Facts()
         self.training = False
@@ -40,6 +42,7 @@ class Propagation:
         """Interpret every node of a graph, in order."""
         self._values = {}
         self.training = captured.training
+        self._changing = frozenset() if captured.training else captured.changing
         for node in captured.graph.nodes:
             if node.op == "placeholder":
                 self._values[node] = captured.weights.get(node.name) or self.unknown_of(node, "it meets an input of the model")
@@ -53,6 +56,8 @@ class Propagation:
                 for source in node.all_input_nodes:
                     if source.name in captured.outputs:
                         self.pin_node(source, "it is an output of the model", "")
+                    elif not captured.training:
+                        self.pin_node(source, "a buffer becomes it", "")
             else:
                 self._values[node] = self.unknown_of(node, "it is computed by a graph of its own")
             if progress is not None:
@@ -62,7 +67,8 @@ class Propagation:
         rule = self._rules.get(op_name(node)) or self._rules.get(op_name(node).removesuffix("_"))
         if rule is None:
             return self.refuse(node, "has no rule")
-        return rule(self, node, self.arguments(node))
+        made = rule(self, node, self.arguments(node))
+        return tree_map(_zeros_of, made) if self._only_zeros else made
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by the names of the op's schema, defaults included; tensors are `Value` or `Weight`."""
@@ -162,6 +168,7 @@ class Propagation:
         long = [axis for axis in range(tensor.dim()) if tensor.shape[axis] > 1]
         small = tensor.numel() <= _LARGEST_ELEMENTWISE
         readable = small and not tensor.is_complex() and tensor.device.type != "meta" and tensor.layout == torch.strided
+        readable = readable and weight.name not in self._changing
         constant = tensor.double().cpu().numpy() if readable else nothing_known(tensor.dim())
         if not weight.sliceable:
             labels = np.full((1,) * tensor.dim(), PINNED, dtype=np.int64)
@@ -234,6 +241,10 @@ class Propagation:
     def broadcast(self, cells: Integers, line: Integers) -> None:
         """``line`` (of size 1 along the axes that it is repeated over) meets ``cells`` element by element."""
         self.facts.grids.append(Grid(cells, line))
+
+
+def _zeros_of(value: Any) -> Any:
+    return value.with_constant(np.where(value.constant == 0, 0.0, np.nan)) if isinstance(value, Value) else value
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sparsefx.capture.arguments import copies
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import VerificationError
+from sparsefx.passes.channels.other_sizes import other_sizes
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.channels.precision import Narrowing, Widening
 from sparsefx.passes.channels.surgery import carry_out
@@ -146,6 +147,7 @@ class ValueTrial:
         self._seed = seed
         self._inputs = tree_map(lambda leaf: _random_like(leaf, self._generator), arguments)
         self._widens = False
+        self._elsewhere: list[tuple[Any, list[Any]]] | None = None
         self._expected = self._first_outputs()
         if not all(_is_finite(leaf) for leaf in self._expected):
             # Random numbers are no input for this model; its own example is.
@@ -164,6 +166,31 @@ class ValueTrial:
         except Exception:  # what the model's own code raises, say on an index that is no channel any more
             return float("inf")
         return _difference(made, self._expected)
+
+    def difference_elsewhere(self, plan: ChannelPlan) -> float:
+        """The same in other sizes of batch, length and image, as far as the unpruned model takes them; the largest."""
+        if self._elsewhere is None:
+            self._elsewhere = list(self._other_runs())
+        model = copy_with(self._model, lambda tensor: tensor)
+        carry_out(model, plan)
+        worst = 0.0
+        for inputs, expected in self._elsewhere:
+            try:
+                worst = max(worst, _difference(self._outputs(model, inputs), expected))
+            except Exception:  # what the model's own code raises
+                return float("inf")
+        return worst
+
+    def _other_runs(self) -> Iterator[tuple[Any, list[Any]]]:
+        for candidates in other_sizes(self._inputs):
+            for inputs in candidates:
+                try:
+                    expected = self._outputs(self._model, inputs)
+                except Exception:  # what the model's own code raises on sizes that it does not take
+                    continue
+                if all(_is_finite(leaf) for leaf in expected):
+                    yield inputs, expected
+                break
 
     def noise(self, rounding: float = 1e-15) -> float:
         """How far outputs move where every weight moves by rounding: code may compute in float32, or amplify what it is given."""
@@ -197,8 +224,8 @@ class ValueTrial:
                 "The model is as before. Prune those of its submodules that do, each with inputs of its own"
             ) from error
 
-    def _outputs(self, model: nn.Module) -> list[Any]:
-        args, kwargs = copies(*self._inputs)
+    def _outputs(self, model: nn.Module, inputs: Any = None) -> list[Any]:
+        args, kwargs = copies(*(self._inputs if inputs is None else inputs))
         widening = Widening() if self._widens else nullcontext()  # type: ignore[no-untyped-call]
         with unchanged(model), torch.no_grad(), widening:
             # Code that draws random numbers in eval mode draws the same ones.

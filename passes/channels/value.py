@@ -106,6 +106,16 @@ def along(array: Integers, axis: int, size: int) -> Integers:
     return np.broadcast_to(vector, (size,))
 
 
+def constants_read(value: Value, axis: int, *, uniform: bool) -> tuple[Floats, bool]:
+    """The constants of an axis as a product with a weight sees them, and whether they are the same at every place.
+
+    Where they are not, another constant channel has the same factor at every place, and can carry what is lost.
+    """
+    if value.uneven is None:
+        return constant_along(value, axis), uniform
+    return constant_along(replace(value, constant=value.uneven), axis), False
+
+
 def constant_along(value: Value, axis: int) -> Floats:
     """The constant of each index of an axis, NaN where it is not the same everywhere else; shape [size of the axis]."""
     moved = np.moveaxis(value.constant, axis, 0).reshape(value.constant.shape[axis], -1)

@@ -1,0 +1,59 @@
+"""Inputs of other sizes than the example's: another batch, another length, another image.
+
+A graph is captured for one size of everything, and what depends on sizes looks constant in it: a sum over places, a position that
+is looked up, a division by the square root of a length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+MOST = 4
+"""Different sizes (of lengths, images and whatever else) that are tried."""
+
+
+def other_sizes(inputs: Any) -> Iterator[list[Any]]:
+    """Ways to change the sizes of inputs, each a list of candidates: the first of them that a model takes is enough.
+
+    Axes of one size change together, since they are likely one thing: the sides of an image, a sequence and its mask. The batch
+    is the first axis of every tensor that has the first tensor's size there.
+    """
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors:
+        return
+    batch = tensors[0].shape[0]
+    yield [_resized(inputs, lambda axis, size: axis == 0 and size == batch, batch // 2 if batch >= 4 else batch + 1)]
+    sizes = dict.fromkeys(size for tensor in tensors for size in tensor.shape[1:] if size > 0)
+    # The longest first: channels tend to be fewer than places.
+    for size in sorted(sizes, reverse=True)[:MOST]:
+        wanted = [one for one in dict.fromkeys((size // 2 + 1, size // 2, 2 * size)) if one not in (0, size)]
+        found = sorted({axis for tensor in tensors for axis in range(1, tensor.dim()) if tensor.shape[axis] == size})
+        # A length may be as large as a number of channels by chance.
+        together = [found, *([axis] for axis in found if len(found) > 1)]
+        yield [_resized(inputs, _of(axes, size), one) for axes in together for one in wanted]
+
+
+def _of(axes: Sequence[int], size: int) -> Callable[[int, int], bool]:
+    return lambda axis, old: axis in axes and old == size
+
+
+def _resized(inputs: Any, chosen: Callable[[int, int], bool], size: int) -> Any:
+    """The inputs with these axes cut to ``size``, or continued with their beginning."""
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        for axis, old in enumerate(leaf.shape):
+            if chosen(axis, old) and old:
+                leaf = leaf.index_select(axis, torch.arange(size, device=leaf.device) % old)
+        return leaf
+
+    return tree_map(resized, inputs)
+
+
+__all__ = ["MOST", "other_sizes"]

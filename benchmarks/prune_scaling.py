@@ -3,7 +3,7 @@
 Half of the filters of a ResNet-50 are empty. `prune_channels` finds and removes them; Torch-Pruning builds its dependency graph,
 ranks filters by norm and removes half, on the same network, in turn. Medians of the processor time of one thread (other work on
 the machine does not count in it), and of the time on the clock. Ours is told by parts: torch.export, analysis, trial runs without
-memory, surgery, and the comparison in float64, which Torch-Pruning has none of.
+memory, surgery, and the comparison in float64, at the example's sizes and at other ones, which Torch-Pruning has none of.
 
 Then networks of residual blocks of rising length, with half of the filters of each block empty: time by parts, for each node.
 
@@ -40,6 +40,7 @@ PARTS = {
     "torch.export": ("sparsefx.passes.channels.graph.exported_program",),
     "trial runs": ("sparsefx.passes.prune_channels.ShapeTrial.failure",),
     "float64": ("sparsefx.passes.prune_channels.ValueTrial.__init__", "sparsefx.passes.prune_channels.ValueTrial.difference"),
+    "other sizes": ("sparsefx.passes.prune_channels.ValueTrial.difference_elsewhere",),
     "surgery": ("sparsefx.pruning.apply_channel_plan",),
 }
 """What belongs to which part; the rest is analysis."""

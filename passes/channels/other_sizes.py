@@ -20,14 +20,9 @@ MOST = 4
 def other_sizes(inputs: Any) -> Iterator[list[Any]]:
     """Ways to change the sizes of inputs, each a list of candidates: the first of them that a model takes is enough.
 
-    Axes of one size change together, since they are likely one thing: the sides of an image, a sequence and its mask. The batch
-    is the first axis of every tensor that has the first tensor's size there.
+    Axes of one size change together, since they are likely one thing: the sides of an image, a sequence and its mask.
     """
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not tensors:
-        return
-    batch = tensors[0].shape[0]
-    yield [_resized(inputs, lambda axis, size: axis == 0 and size == batch, batch // 2 if batch >= 4 else batch + 1)]
+    tensors = _tensors(inputs)
     sizes = dict.fromkeys(size for tensor in tensors for size in tensor.shape[1:] if size > 0)
     # The longest first: channels tend to be fewer than places.
     for size in sorted(sizes, reverse=True)[:MOST]:
@@ -36,6 +31,19 @@ def other_sizes(inputs: Any) -> Iterator[list[Any]]:
         # A length may be as large as a number of channels by chance.
         together = [found, *([axis] for axis in found if len(found) > 1)]
         yield [_resized(inputs, _of(axes, size), one) for axes in together for one in wanted]
+
+
+def other_batch(inputs: Any) -> list[Any]:
+    """The inputs with another batch: the first axis of every tensor that has the first tensor's size there."""
+    tensors = _tensors(inputs)
+    if not tensors:
+        return []
+    batch = tensors[0].shape[0]
+    return [_resized(inputs, lambda axis, size: axis == 0 and size == batch, batch // 2 if batch >= 4 else batch + 1)]
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
 
 
 def _of(axes: Sequence[int], size: int) -> Callable[[int, int], bool]:
@@ -56,4 +64,4 @@ def _resized(inputs: Any, chosen: Callable[[int, int], bool], size: int) -> Any:
     return tree_map(resized, inputs)
 
 
-__all__ = ["MOST", "other_sizes"]
+__all__ = ["MOST", "other_batch", "other_sizes"]

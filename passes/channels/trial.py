@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sparsefx.capture.arguments import copies
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import VerificationError
-from sparsefx.passes.channels.other_sizes import other_sizes
+from sparsefx.passes.channels.other_sizes import other_batch, other_sizes
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.channels.precision import Narrowing, Widening
 from sparsefx.passes.channels.surgery import carry_out
@@ -182,15 +182,26 @@ class ValueTrial:
         return worst
 
     def _other_runs(self) -> Iterator[tuple[Any, list[Any]]]:
+        smallest = self._inputs
         for candidates in other_sizes(self._inputs):
-            for inputs in candidates:
-                try:
-                    expected = self._outputs(self._model, inputs)
-                except Exception:  # what the model's own code raises on sizes that it does not take
-                    continue
-                if all(_is_finite(leaf) for leaf in expected):
-                    yield inputs, expected
-                break
+            found = self._first_taken(candidates)
+            if found is not None:
+                smallest = min(smallest, found[0], key=_elements)
+                yield found
+        # The batch of the smallest, since another one may be larger.
+        found = self._first_taken(other_batch(smallest))
+        if found is not None:
+            yield found
+
+    def _first_taken(self, candidates: list[Any]) -> tuple[Any, list[Any]] | None:
+        for inputs in candidates:
+            try:
+                expected = self._outputs(self._model, inputs)
+            except Exception:  # what the model's own code raises on sizes that it does not take
+                continue
+            if all(_is_finite(leaf) for leaf in expected):
+                return inputs, expected
+        return None
 
     def noise(self, rounding: float = 1e-15) -> float:
         """How far outputs move where every weight moves by rounding: code may compute in float32, or amplify what it is given."""
@@ -231,6 +242,10 @@ class ValueTrial:
             # Code that draws random numbers in eval mode draws the same ones.
             torch.manual_seed(self._seed)
             return tree_leaves(model(*args, **kwargs))
+
+
+def _elements(inputs: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsefx
-from sparsefx.passes.channels.other_sizes import other_sizes
+from sparsefx.passes.channels.other_sizes import other_batch, other_sizes
 from tests.channel_pruning import Around, empty
 
 
@@ -161,11 +161,12 @@ def test_a_choice_between_equal_constants_is_that_constant(function: Callable[[T
 
 def test_axes_of_one_size_change_together_and_the_batch_by_itself() -> None:
     inputs = ((torch.randn(2, 3, 8, 8), torch.ones(2, 8, dtype=torch.bool)), {"factor": 2.0})
-    batch, image, channels = other_sizes(inputs)
+    image, channels = other_sizes(inputs)
+    batch = other_batch(inputs)
     assert [tuple(leaf.shape) for leaf in batch[0][0]] == [(3, 3, 8, 8), (3, 8)]
     assert [tuple(one[0][0].shape) for one in image[:3]] == [(2, 3, 5, 5), (2, 3, 4, 4), (2, 3, 16, 16)]
     assert [tuple(one[0][1].shape) for one in image[:3]] == [(2, 5), (2, 4), (2, 16)]
     assert [tuple(one[0][0].shape) for one in image[3::3]] == [(2, 3, 8, 8), (2, 3, 5, 8), (2, 3, 8, 5)]
     assert [tuple(one[0][0].shape) for one in channels] == [(2, 2, 8, 8), (2, 1, 8, 8), (2, 6, 8, 8)]
     assert batch[0][1] == {"factor": 2.0}
-    assert list(other_sizes(((3,), {}))) == []
+    assert list(other_sizes(((3,), {}))) == other_batch(((3,), {})) == []

@@ -1,0 +1,42 @@
+"""INT8 from files that other tools wrote: older opsets, stacks of matrices, weights that several ops share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+from onnx_graphs import save, two_of_four
+
+import sparsefx
+from sparsefx.onnx_audit import audit_onnx
+from sparsefx.passes.quantize_onnx import quantize_onnx
+
+
+def samples(*shape: int) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18, 20])
+def test_every_opset_with_scales_per_channel(tmp_path: Path, opset: int) -> None:
+    nodes = [helper.make_node("Gemm", ["x", "w"], ["h"], transB=1), helper.make_node("MatMul", ["h", "v"], ["y"])]
+    tensors = {"w": two_of_four((32, 64), 1), "v": two_of_four((32, 16), 0)}
+    file = save(tmp_path / "f.onnx", nodes, tensors, {"x": [None, 64]}, opset=opset)
+    report = quantize_onnx(file, [samples(8, 64)], tmp_path / "q.onnx")
+    assert [(weight.name, weight.pattern) for weight in report.weights] == [("w", "2:4"), ("v", "2:4")]
+    assert report.relative_errors["y"] < 0.05
+    assert onnx.load(tmp_path / "q.onnx").opset_import[0].version == opset
+    rows = audit_onnx(tmp_path / "q.onnx")
+    assert [(row.axis, row.pattern, row.dtype, row.reason) for row in rows] == [(1, "2:4", "int8", ""), (0, "2:4", "int8", "")]
+
+
+def test_the_oldest_opset_of_an_export(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 32))
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    sparsefx.sparsify(model, pattern="2:4", example_inputs=x)
+    sparsefx.export_onnx(model, x, tmp_path / "f.onnx", opset=18)
+    report = quantize_onnx(tmp_path / "f.onnx", [x], tmp_path / "q.onnx")
+    assert [weight.pattern for weight in report.weights] == ["2:4", "2:4"]

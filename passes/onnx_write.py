@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import os
 import shutil
@@ -54,8 +55,8 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
 
     The file is written and synchronised in a temporary directory beside ``path``, which is removed whatever happens,
     so that an earlier file at ``path`` stays as it was until the new one takes its place in one step. Above
-    `LARGEST_SINGLE_FILE` the weights go to a second file, whose name holds a hash of its content: it never
-    overwrites the data of an earlier export.
+    `LARGEST_SINGLE_FILE` the weights go to a second file, whose name holds a hash of its content: data of the same name
+    either holds the same bytes and stays, or is damaged and is replaced.
 
     Returns:
         Bytes written, external data included.
@@ -66,6 +67,7 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
     target = check_destination(path)
     directory: Path | None = None
     placed: Path | None = None
+    damaged: Path | None = None
     try:
         directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         # A directory made by mkdtemp is private; the file in it gets the user's own default permissions.
@@ -77,7 +79,10 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
             shutil.copymode(target, temporary)
         if data is not None:
             final = target.parent / data.name
-            if not final.exists():
+            if not _same_content(data, final):
+                if final.is_symlink() or final.is_file():
+                    damaged = directory / "damaged.data"
+                    shutil.copy2(final, damaged, follow_symlinks=False)
                 os.replace(data, final)
                 placed = final
         os.replace(temporary, target)
@@ -90,10 +95,16 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
             f"{path}: the file could not be written: {error.strerror or error}; {remedy} and export again"
         ) from error
     finally:
-        if placed is not None:
+        if placed is not None and damaged is not None:
+            os.replace(damaged, placed)
+        elif placed is not None:
             placed.unlink(missing_ok=True)
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def _write(model: ir.Model, temporary: Path, *, external: bool) -> Path | None:

@@ -17,6 +17,7 @@ from sparsefx.errors import ExportError
 
 # Protobuf refuses messages of 2 GiB; the graph itself needs a little of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**24
+_LARGEST_INSIDE = 256  # bytes of a tensor that stays in the graph where the others stand beside it
 
 
 def tensor_bytes(model: ir.Model) -> int:
@@ -116,18 +117,47 @@ def _write(model: ir.Model, temporary: Path, *, external: bool) -> Path | None:
             file.flush()
             os.fsync(file.fileno())
         return None
-    digest = hashlib.sha256()
-    for name, value in model.graph.initializers.items():
-        digest.update(name.encode())
-        if value.const_value is not None:
-            digest.update(value.const_value.tobytes())
-    data = temporary.parent / f"{temporary.stem}-{digest.hexdigest()[:12]}.data"
-    # Saving with external data rebinds the initializers to the written file, and puts them back itself.
-    ir.save(model, temporary, format="protobuf", external_data=data.name)
-    for written in (temporary, data):
-        with written.open("rb") as file:
-            os.fsync(file.fileno())
+    written = temporary.with_suffix(".data")
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    tensors = [value.const_value for value in values]
+    try:
+        ir.external_data.unload_from_model(model, written.parent, written.name, size_threshold_bytes=_LARGEST_INSIDE)
+        data = written.with_name(f"{written.stem}-{_digest(written)[:12]}.data")
+        os.replace(written, data)
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = _at(data, value.const_value, tensor)
+        _write(model, temporary, external=False)
+    finally:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
+    with data.open("rb") as file:
+        os.fsync(file.fileno())
     return data
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _at(data: Path, stored: ir.TensorProtocol | None, tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    """What was stored in a file beside the graph, in the file's last place, with what the tensor says of itself."""
+    if tensor is None or not isinstance(stored, ir.ExternalTensor):
+        return stored
+    return ir.ExternalTensor(
+        data.name,
+        stored.offset,
+        stored.length,
+        stored.dtype,
+        shape=stored.shape,
+        name=stored.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+        base_dir=data.parent,
+    )
 
 
 def _synchronise(directory: Path) -> None:

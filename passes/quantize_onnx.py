@@ -23,7 +23,7 @@ from sparsefx.errors import ExportError, OptionError
 from sparsefx.passes import onnx_write
 from sparsefx.passes.compact_weights import densify
 from sparsefx.passes.onnx_check import check_standard, first_line
-from sparsefx.passes.onnx_read import read_onnx
+from sparsefx.passes.onnx_read import load_data, read_onnx
 from sparsefx.passes.onnx_weights import WeightUse, holds, weight_uses
 from sparsefx.passes.onnx_write import check_destination, destination_of, tensor_bytes, write_checked
 
@@ -112,7 +112,7 @@ def quantize_onnx(
     target = destination_of(out)
     check_destination(target)
     model, _ = read_onnx(path)
-    ir.external_data.load_to_model(model)
+    load_data(model)
     densify(model)
     ir.passes.common.InlinePass()(model)
     opset = model.opset_imports.get("", 0) or model.opset_imports.get("ai.onnx", 0)
@@ -131,7 +131,7 @@ def quantize_onnx(
         ir.save(model, plain, format="protobuf", external_data="float.data" if large else None)
         _quantize(plain, quantized, batches, sorted({use.node for use in uses}), method, large)
         result, _ = read_onnx(quantized)
-        ir.external_data.load_to_model(result)
+        load_data(result)
         _strip(result)
         weights = _check_zeros(result, before)
         _carry_metadata(result, before)

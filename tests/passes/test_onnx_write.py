@@ -8,13 +8,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import helper
 from onnx_graphs import save, two_of_four
+from onnx_models import make_sparse
+from torch import nn
 
 import sparsefx
 from sparsefx.errors import ExportError
 from sparsefx.passes import onnx_write
-from sparsefx.passes.onnx_read import read_onnx
+from sparsefx.passes.onnx_read import load_data, read_onnx
 from sparsefx.passes.onnx_write import write_checked
 
 
@@ -84,3 +87,35 @@ def test_a_directory_in_the_place_of_the_data_is_left_alone(model: ir.Model, tmp
     with pytest.raises(ExportError, match="could not be written"):
         write_checked(model, tmp_path / "m.onnx", read_onnx)
     assert (data / "file").read_bytes() == b"kept"
+
+
+def test_metadata_stays_with_tensors_beside_the_graph(model: ir.Model, tmp_path: Path) -> None:
+    tensor = ir.Tensor(two_of_four((64, 32), 0), name="w", doc_string="text", metadata_props={"key": "value"})
+    model.graph.initializers["w"].const_value = tensor
+    write_checked(model, tmp_path / "m.onnx", read_onnx)
+    assert model.graph.initializers["w"].const_value is tensor
+    read, _ = read_onnx(tmp_path / "m.onnx")
+    for _ in range(2):
+        found = read.graph.initializers["w"].const_value
+        assert found is not None
+        assert (dict(found.metadata_props), found.doc_string) == ({"key": "value"}, "text")
+        assert found.numpy().tobytes() == tensor.numpy().tobytes()
+        load_data(read)
+        assert not isinstance(read.graph.initializers["w"].const_value, ir.ExternalTensor)
+
+
+def test_compact_padded_and_int8_files_keep_their_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(40, 128), nn.ReLU(), nn.Linear(128, 32))
+    make_sparse(network[0])
+    make_sparse(network[2])
+    x = torch.randn(2, 40)
+    monkeypatch.setattr(onnx_write, "LARGEST_SINGLE_FILE", 1000)
+    sparsefx.export_onnx(network, x, tmp_path / "p.onnx", pad_channels=True)
+    sparsefx.compact_onnx(tmp_path / "p.onnx", tmp_path / "c.onnx")
+    sparsefx.densify_onnx(tmp_path / "c.onnx", tmp_path / "d.onnx")
+    sparsefx.quantize_onnx(tmp_path / "p.onnx", [x], tmp_path / "q.onnx")
+    for name in ("p", "c", "d", "q"):
+        rows = sparsefx.audit_onnx(tmp_path / f"{name}.onnx")
+        assert [row.source for row in rows] == ["0.weight", "2.weight"]
+        assert "its 40 inputs were padded with zeros" in rows[0].note

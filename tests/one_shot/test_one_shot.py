@@ -150,6 +150,19 @@ def test_convolutions_have_their_groups_along_input_channels(algorithm: str) -> 
     assert len(sparsefx.masks(model)) == 2
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (6, 1), (12, 2), (16, 1)])
+def test_padded_groups_of_convolutions_end_at_each_place_of_the_kernel(channels: int, groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(channels, 16, 3, groups=groups), nn.ReLU(), nn.Conv2d(16, 8, (1, 2)))
+    calibration = batches(4, channels, 9, 9)
+    with torch.no_grad():
+        norms = functional.unfold(torch.cat(calibration), 3).square().sum((0, 2)).sqrt().view(groups, 1, -1, 3, 3)
+        scores = (model[0].weight.abs().view(groups, -1, *model[0].weight.shape[1:]) * norms).flatten(0, 1)
+    eligibility = sparsefx.Eligibility(multiple=1)
+    sparsefx.sparsify(model, pattern="2:4-padded", algorithm="wanda", calibration=calibration, eligibility=eligibility)
+    assert torch.equal(sparsefx.masks(model)["0.weight"], parse("2:4-padded").mask(scores))
+    assert (model[2].weight.unflatten(1, (-1, 4)) != 0).sum(2).max() == 2
+
+
 def first_norms(inputs: list[Tensor]) -> Tensor:
     return torch.cat(inputs).norm(dim=0)
 

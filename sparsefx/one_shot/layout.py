@@ -123,7 +123,7 @@ def inputs_of(call: Call) -> Iterator[Tensor]:
         yield call.input.detach().reshape(1, -1, call.input.shape[-1])
         return
     taps = call.weight.shape[2:].numel()
-    each = max(1, _VALUES_AT_A_TIME // max(1, taps * call.input[0].numel()))
+    each = max(1, _VALUES_AT_A_TIME // max(1, taps * call.input.shape[1:].numel()))
     flat_padding = [value for pair in reversed(call.padding) for value in pair]
     for part in call.input.detach().split(each):
         padded = functional.pad(part, flat_padding)

@@ -185,8 +185,17 @@ def _chosen(model: ir.Model, exclude: Sequence[str]) -> tuple[list[WeightUse], l
             left.append((name, f"it is {use.array.dtype.name}; export the model in float32"))
         elif use.operand != 1 or not any(id(user) in own for user, _ in use.value.uses()):
             left.append((name, "it is the left operand, or stands in a subgraph"))
+        elif use.op == "MatMul" and use.array.ndim > 2:
+            left.append((name, f"it is a stack of matrices of shape {use.array.shape}, for which onnxruntime has no INT8 kernel"))
         else:
             uses.append(use)
+    axes: dict[str, set[int | None]] = {}
+    for use in uses:
+        axes.setdefault(use.initializers[0], set()).add(use.axis)
+    for name, found in axes.items():
+        if len(found) > 1:
+            left.append((name, "several ops sum over different axes of it, and the scales run along one; store it once for each"))
+    uses = [use for use in uses if len(axes[use.initializers[0]]) == 1]
     unmatched = [glob for glob in exclude if glob not in matched]
     if unmatched:
         raise OptionError(f"exclude={unmatched[0]!r} was given, and no weight has such a name; sparsefx audit lists the names")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnx_graphs import save, two_of_four
 
 import sparsefx
@@ -40,3 +40,31 @@ def test_the_oldest_opset_of_an_export(tmp_path: Path) -> None:
     sparsefx.export_onnx(model, x, tmp_path / "f.onnx", opset=18)
     report = quantize_onnx(tmp_path / "f.onnx", [x], tmp_path / "q.onnx")
     assert [weight.pattern for weight in report.weights] == ["2:4", "2:4"]
+
+
+@pytest.mark.parametrize("stack", [1, 4])
+def test_stacks_of_matrices_stay_in_float(tmp_path: Path, stack: int) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])]
+    tensors = {"w": two_of_four((stack, 64, 32), 1), "v": two_of_four((32, 16), 0)}
+    file = save(tmp_path / "f.onnx", nodes, tensors, {"x": [None, stack, 8, 64]})
+    report = quantize_onnx(file, [samples(2, stack, 8, 64)], tmp_path / "q.onnx")
+    assert [weight.name for weight in report.weights] == ["v"]
+    assert [(name, reason.partition(" of shape")[0]) for name, reason in report.left] == [("w", "it is a stack of matrices")]
+    assert report.relative_errors["y"] < 0.05
+    kept = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    assert np.array_equal(kept["w"], tensors["w"])
+
+
+def test_a_weight_read_along_both_axes_stays_in_float(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["a"], transB=1),
+        helper.make_node("Gemm", ["a", "w"], ["b"]),
+        helper.make_node("Gemm", ["b", "v"], ["c"], transB=1),
+        helper.make_node("Gemm", ["c", "v"], ["y"], transB=1),
+    ]
+    file = save(tmp_path / "f.onnx", nodes, {"w": two_of_four((64, 64), 1), "v": two_of_four((64, 64), 1)}, {"x": [None, 64]})
+    report = quantize_onnx(file, [samples(8, 64)], tmp_path / "q.onnx")
+    assert [(weight.name, weight.pattern) for weight in report.weights] == [("v", "2:4")]
+    assert [name for name, _ in report.left] == ["w"]
+    assert "several ops sum over different axes of it" in report.left[0][1]
+    assert report.relative_errors["y"] < 0.05

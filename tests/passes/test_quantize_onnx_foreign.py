@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -68,3 +69,18 @@ def test_a_weight_read_along_both_axes_stays_in_float(tmp_path: Path) -> None:
     assert [name for name, _ in report.left] == ["w"]
     assert "several ops sum over different axes of it" in report.left[0][1]
     assert report.relative_errors["y"] < 0.05
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_batches_of_unequal_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: Any) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])]
+    file = save(tmp_path / "f.onnx", nodes, {"w": two_of_four((64, 32), 0), "v": two_of_four((32, 16), 0)}, {"x": [None, 64]})
+    data = samples(400, 64)
+    ranges = []
+    for name, batches in (("equal", np.split(data, 50)), ("unequal", [data[390:], *np.split(data[:390], 39 * 5)])):
+        report = quantize_onnx(file, batches, tmp_path / f"{name}.onnx", method=method)
+        assert report.relative_errors["y"] < 0.05
+        tensors = {tensor.name: tensor for tensor in onnx.load(tmp_path / f"{name}.onnx").graph.initializer}
+        ranges.append({scale: float(numpy_helper.to_array(tensors[scale])) for scale in ("x_scale", "h_scale")})
+    assert ranges[1] == pytest.approx(ranges[0], rel=0 if method == "minmax" else 0.02)
+    assert capsys.readouterr().out == ""

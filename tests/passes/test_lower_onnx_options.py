@@ -199,3 +199,25 @@ def test_a_size_that_the_model_fixes_is_told_and_the_inputs_are_as_before(tmp_pa
         lower_onnx(Fixed(), x, tmp_path / "m.onnx", dynamic_batch=True)
     assert x.__dict__ == before
     assert lower_onnx(Fixed(), x, tmp_path / "m.onnx").samples == 3
+
+
+class Branches(nn.Module):
+    """Linear layers on three axes in the branches of a condition, one of them read outside as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(self.first(x).sum() > 0, lambda x: self.first(x).neg(), lambda x: self.second(x).relu(), (x,))
+
+
+@pytest.mark.parametrize("weights", ["plain", "compact"])
+def test_linear_layers_in_branches(tmp_path: Path, weights: Any) -> None:
+    model = Branches().eval()
+    names = sparsify_by_hand(model)
+    report = lower_onnx(model, torch.randn(2, 3, 64), tmp_path / "m.onnx", weights=weights, samples=6)
+    assert report.largest_relative_error < 1e-4
+    rows = audit_onnx(tmp_path / "m.onnx")
+    assert {(row.source, row.op, row.axis, row.pattern) for row in rows} == {(name, "MatMul", 0, "2:4") for name in names}
+    assert len(rows) == 3

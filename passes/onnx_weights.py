@@ -168,11 +168,18 @@ def measured_pattern(use: WeightUse) -> str:
     if array is None or axis is None:
         return ""
     for keep, size in _MEASURED_PATTERNS:
-        if holds(array, axis, keep, size):
-            if (keep, size) == (2, 4) and array.ndim > 1 and holds(array, output_axis(use.op, axis, array.ndim), 2, 4):
+        if _holds_in_each_group(use, array, axis, keep, size):
+            outputs = output_axis(use.op, axis, array.ndim)
+            if (keep, size) == (2, 4) and array.ndim > 1 and _holds_in_each_group(use, array, outputs, 2, 4):
                 return "2:4-transposable"
             return f"{keep}:{size}"
     return ""
+
+
+def _holds_in_each_group(use: WeightUse, array: Array, axis: int, keep: int, size: int) -> bool:
+    """As `holds`, where no N:M group reaches from one group of a convolution, which lie along axis 0, into the next."""
+    straddles = axis == 0 and use.groups > 1 and (array.shape[0] % use.groups or array.shape[0] // use.groups % size)
+    return not straddles and holds(array, axis, keep, size)
 
 
 def density_of(array: Array) -> float:

@@ -57,3 +57,21 @@ def test_no_axis_is_told_where_the_shape_is_unknown(tmp_path: Path) -> None:
         (),
         "it is computed in the graph by Mul, which sparse kernels do not see through",
     )
+
+
+@pytest.mark.parametrize(("groups", "pattern"), [(1, "2:4"), (2, "2:4"), (4, "")])
+def test_no_four_reaches_over_groups_of_a_transposed_convolution(tmp_path: Path, groups: int, pattern: str) -> None:
+    weight = np.zeros((8, 8, 3, 3), np.float32)
+    weight[[0, 1, 4, 5]] = 1  # both inputs of every second group of two
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], group=groups)
+    (row,) = audit_onnx(save(tmp_path / "m.onnx", [node], {"w": weight}, {"x": [1, 8, 4, 4]}))
+    assert (row.axis, row.pattern) == (0, pattern)
+
+
+@pytest.mark.parametrize(("groups", "pattern"), [(1, "2:4-transposable"), (2, "2:4-transposable"), (4, "2:4")])
+def test_no_four_reaches_over_groups_of_outputs(tmp_path: Path, groups: int, pattern: str) -> None:
+    weight = np.zeros((8, 4, 1, 1), np.float32)
+    weight[[0, 1, 4, 5], :2] = 1
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=groups)
+    (row,) = audit_onnx(save(tmp_path / "m.onnx", [node], {"w": weight}, {"x": [1, 4 * groups, 4, 4]}))
+    assert (row.axis, row.pattern) == (1, pattern)

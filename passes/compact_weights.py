@@ -18,6 +18,10 @@ OLDEST_OPSET = 18  # BitwiseAnd
 _SHIFTS, _MASK = "sparsefx.compact.shifts", "sparsefx.compact.mask"
 # What the seven nodes of a decoder take in a file, beside the names in them; a weight that saves less stays plain.
 _DECODER_BYTES, _NAMES_IN_DECODER = 800, 20
+# What Expand and ScatterElements take in every version; 8-bit floats are not among it.
+_FLOATS = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")
+_INTEGERS = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
+_TYPES = frozenset(ir.DataType[name] for name in (*_FLOATS, *_INTEGERS))
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def compact(model: ir.Model) -> tuple[str, ...]:
             continue
         if graph.initializers.get(name) is not value or value.is_graph_output() or value.is_graph_input():
             continue
-        if value.const_value.dtype.bitwidth < 8:
+        if value.const_value.dtype not in _TYPES:
             continue
         array = value.const_value.numpy()
         encoded = encode(array, axis) if holds(array, axis, 2, 4) else None
@@ -89,7 +93,7 @@ def compact(model: ir.Model) -> tuple[str, ...]:
             chosen[name] = encoded
     if not chosen:
         return ()
-    constants = _Constants(graph)
+    constants = _Constants(model)
     decoders: list[ir.Node] = []
     placed: list[ir.Value] = []
     for name, value in list(graph.initializers.items()):
@@ -99,17 +103,17 @@ def compact(model: ir.Model) -> tuple[str, ...]:
             continue
         tensor = value.const_value
         assert tensor is not None
-        values = _constant(f"{name}.values", chosen[name].values, tensor.dtype)
+        values = _constant(constants.unused(f"{name}.values"), chosen[name].values, tensor.dtype)
         assert values.const_value is not None
         values.const_value.metadata_props.update(tensor.metadata_props)
-        codes = _constant(f"{name}.codes", chosen[name].codes, ir.DataType.UINT8)
+        codes = _constant(constants.unused(f"{name}.codes"), chosen[name].codes, ir.DataType.UINT8)
         placed += [values, codes]
         nodes = _decoder(name, values, codes, tuple(int(size) for size in tensor.shape.numpy()), constants)
         decoders += nodes
         decoded = nodes[-1].outputs[0]
         value.replace_all_uses_with(decoded)
         decoded.name, decoded.type, decoded.shape = name, value.type, value.shape
-    for value in (*placed, *constants.made.values()):
+    for value in (*placed, *constants.made):
         graph.register_initializer(value)
     first = next(iter(graph), None)
     assert first is not None
@@ -126,7 +130,8 @@ def densify(model: ir.Model) -> tuple[str, ...]:
         Names of the weights that are plain again.
     """
     graph = model.graph
-    restored: dict[str, tuple[str, ir.Value]] = {}  # by the name of the values: the name of the codes, and the weight
+    restored: dict[str, list[ir.Value]] = {}  # weights by the name of their values; a tool may have joined equal ones
+    decoded: set[str] = set()
     for last in [node for node in graph if node.op_type == "Reshape"]:
         found = _match(last)
         if found is None:
@@ -141,17 +146,18 @@ def densify(model: ir.Model) -> tuple[str, ...]:
         weight.const_value.metadata_props.update(values.const_value.metadata_props)
         last.outputs[0].replace_all_uses_with(weight)
         last.outputs[0].name = f"{name}.decoded"
-        for node in chain:
-            graph.remove(node, safe=True)
-        restored[values.name or ""] = codes.name or "", weight
-    codes_names = {codes for codes, _ in restored.values()}
+        for node in chain:  # what two decoders share goes with the second
+            if not any(output.uses() for output in node.outputs):
+                graph.remove(node, safe=True)
+        restored.setdefault(values.name or "", []).append(weight)
+        decoded |= {values.name or "", codes.name or ""}
     for name, value in list(graph.initializers.items()):
         graph.initializers.pop(name)
-        if name in restored:
-            graph.register_initializer(restored[name][1])
-        elif name not in codes_names and not (name.startswith("sparsefx.compact.") and not value.uses()):
+        for weight in restored.get(name, ()):
+            graph.register_initializer(weight)
+        if value.uses() or not (name in decoded or name.startswith("sparsefx.compact.")):
             graph.register_initializer(value)
-    return tuple(weight.name or "" for _, weight in restored.values())
+    return tuple(weight.name or "" for weights in restored.values() for weight in weights)
 
 
 def _stored(use: WeightUse) -> ir.Value | None:
@@ -164,20 +170,48 @@ def _stored(use: WeightUse) -> ir.Value | None:
 
 
 class _Constants:
-    """Small constants that decoders share, made on first use; their names hold their values."""
+    """Small constants that decoders share, made on first use where the graph has none of the name and value; and free names."""
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self.made: dict[str, ir.Value] = {}
+    def __init__(self, model: ir.Model) -> None:
+        self._there = dict(model.graph.initializers)
+        self._shared: dict[str, ir.Value] = {}
+        self._taken = {node.name for node in model.graph.all_nodes()}
+        self._taken |= {output.name for node in model.graph.all_nodes() for output in node.outputs}
+        for graph in model.graphs():
+            self._taken |= {value.name for value in (*graph.inputs, *graph.initializers.values())}
+        self.made: list[ir.Value] = []
+
+    def unused(self, name: str) -> str:
+        """The name itself, or with a number behind it; it is taken from then on."""
+        found, number = name, 0
+        while found in self._taken:
+            number += 1
+            found = f"{name}.{number}"
+        self._taken.add(found)
+        return found
 
     def get(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
-        if name not in self.made:
-            self.made[name] = _constant(name, array, dtype)
-        return self.made[name]
+        if name not in self._shared:
+            there = self._there.get(name)
+            self._shared[name] = there if there is not None and _is(there, array, dtype) else self._new(name, array, dtype)
+        return self._shared[name]
 
     def sizes(self, shape: tuple[int, ...]) -> ir.Value:
         text = "x".join(map(str, shape))
         return self.get(f"sparsefx.compact.shape.{text}", np.array(shape, np.int64), ir.DataType.INT64)
+
+    def _new(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
+        self.made.append(_constant(self.unused(name), array, dtype))
+        return self.made[-1]
+
+
+def _is(value: ir.Value, array: Array, dtype: ir.DataType) -> bool:
+    """Whether an initializer holds this and nothing can put another value in its place when the graph runs."""
+    tensor = value.const_value
+    if tensor is None or tensor.dtype != dtype or value.is_graph_input():
+        return False
+    found = tensor.numpy()
+    return found.shape == array.shape and found.tobytes() == array.tobytes()
 
 
 def _decoder(name: str, values: ir.Value, codes: ir.Value, shape: tuple[int, ...], constants: _Constants) -> list[ir.Node]:
@@ -190,7 +224,7 @@ def _decoder(name: str, values: ir.Value, codes: ir.Value, shape: tuple[int, ...
     nodes: list[ir.Node] = []
 
     def add(op: str, inputs: list[ir.Value], attributes: dict[str, int | str] | None = None) -> ir.Value:
-        output = f"{name}.{len(nodes)}"
+        output = constants.unused(f"{name}.{len(nodes)}")
         node = ir.node(op, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=output)
         nodes.append(node)
         return node.outputs[0]
@@ -205,7 +239,7 @@ def _decoder(name: str, values: ir.Value, codes: ir.Value, shape: tuple[int, ...
 
 def _match(last: ir.Node) -> tuple[list[ir.Node], ir.Value, ir.Value, tuple[int, ...]] | None:
     """The nodes of a decoder from the last to the first, its values, its codes and the shape; None where it is none."""
-    scatter = _behind(last, 0, "ScatterElements")
+    scatter = None if last.outputs[0].is_graph_output() else _behind(last, 0, "ScatterElements")
     zeros = _behind(scatter, 0, "Expand")
     places = _behind(scatter, 1, "Reshape")
     cast = _behind(places, 0, "Cast")
@@ -233,10 +267,10 @@ def _match(last: ir.Node) -> tuple[list[ir.Node], ir.Value, ir.Value, tuple[int,
 
 
 def _behind(node: ir.Node | None, operand: int, op: str) -> ir.Node | None:
-    """The node that makes an operand, where it is of this type and makes it for nothing else."""
+    """The node that makes an operand, where it is of this type and what it makes is no output of the graph."""
     value = node.inputs[operand] if node is not None and operand < len(node.inputs) else None
     producer = value.producer() if value is not None else None
-    if value is None or producer is None or producer.op_type != op or len(value.uses()) != 1 or value.is_graph_output():
+    if value is None or producer is None or producer.op_type != op or value.is_graph_output():
         return None
     return producer
 

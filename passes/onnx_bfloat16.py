@@ -24,6 +24,7 @@ from sparsefx.passes.onnx_inputs import Inputs
 
 _BFLOAT16, _FLOAT = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type")
+_FOLDED_INTO = ("Conv", "ConvTranspose", "Gemm")
 
 
 def round_folded(model: ir.Model) -> None:
@@ -32,7 +33,7 @@ def round_folded(model: ir.Model) -> None:
     The folding computes in float32 and leaves its result so, which the standard does not allow beside bfloat16.
     """
     for node in model.graph.all_nodes():
-        if node.op_type not in ("Conv", "ConvTranspose") or node.inputs[0] is None:
+        if node.op_type not in _FOLDED_INTO or node.inputs[0] is None:
             continue
         if node.inputs[0].dtype != ir.DataType.BFLOAT16:
             continue

@@ -64,7 +64,8 @@ def fold_transposes(model: ir.Model) -> dict[str, Source]:
             replacement = _initializer(new_name, array, value.const_value.dtype)
             for node in nodes:
                 node.outputs[0].replace_all_uses_with(replacement)
-                graph.remove(node, safe=True)
+                assert node.graph is not None  # the graph itself, or a branch in it
+                node.graph.remove(node, safe=True)
             if alone:
                 graph.initializers.pop(name)
             graph.register_initializer(replacement)

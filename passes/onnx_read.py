@@ -58,6 +58,17 @@ def read_onnx(path: str | os.PathLike[str], *, densify: bool = False) -> tuple[i
     return model, frozenset(sparse)
 
 
+def load_data(model: ir.Model) -> None:
+    """Read what lies beside the file into memory, in place, with what each tensor's metadata says."""
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    tensors = [value.const_value for value in values]
+    ir.external_data.load_to_model(model)
+    for value, tensor in zip(values, tensors, strict=True):
+        if value.const_value is not None and tensor is not None and value.const_value is not tensor:
+            value.const_value.doc_string = tensor.doc_string
+            value.const_value.metadata_props.update(tensor.metadata_props)
+
+
 def _check_versions(path: Path, proto: onnx.ModelProto) -> None:
     newest = onnx.defs.onnx_opset_version()
     for entry in proto.opset_import:

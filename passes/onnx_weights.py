@@ -18,6 +18,8 @@ from sparsefx.passes.tensor_cores import shape_refusal
 Array = np.ndarray  # ml_dtypes' bfloat16 included, so the element type stays open
 
 RECURRENT_OPS = ("LSTM", "GRU", "RNN")
+_QUANTISERS = ("DequantizeLinear", "QuantizeLinear")
+_OLDEST_EVALUATED_QUANTISERS = 19
 
 # Which inputs of an op can be weights.
 _OPERANDS = {
@@ -31,7 +33,7 @@ _OPERANDS = {
 # Ops that move, cast or rescale weights without mixing them. Anything else between an initializer and the op that
 # reads it is not followed: the weight is reported as computed in the graph.
 _MOVING_OPS = ("Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat")
-_TRANSPARENT_OPS = frozenset((*_MOVING_OPS, "DequantizeLinear", "QuantizeLinear", "Constant"))
+_TRANSPARENT_OPS = frozenset((*_MOVING_OPS, *_QUANTISERS, "Constant"))
 
 # From the most specific to the least; the first that holds is the one reported.
 _MEASURED_PATTERNS = ((2, 4), (4, 8), (8, 16))
@@ -110,6 +112,7 @@ def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
             if array is None and not problem:
                 problem = "its values could not be computed from the file"
             rank = array.ndim if array is not None else len(value.shape or ())
+            known = array is not None or value.shape is not None
             if rank < 2 and (operand == 0 or not standard):
                 continue
             if problem == "" and array is not None:
@@ -119,7 +122,7 @@ def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
                 node=node.name or "",
                 operand=operand,
                 value=value,
-                axis=reduction_axis(node, operand, rank),
+                axis=reduction_axis(node, operand, rank) if known else None,
                 initializers=names,
                 direct=value.is_initializer(),
                 array=array,
@@ -165,11 +168,18 @@ def measured_pattern(use: WeightUse) -> str:
     if array is None or axis is None:
         return ""
     for keep, size in _MEASURED_PATTERNS:
-        if holds(array, axis, keep, size):
-            if (keep, size) == (2, 4) and array.ndim > 1 and holds(array, output_axis(use.op, axis, array.ndim), 2, 4):
+        if _holds_in_each_group(use, array, axis, keep, size):
+            outputs = output_axis(use.op, axis, array.ndim)
+            if (keep, size) == (2, 4) and array.ndim > 1 and _holds_in_each_group(use, array, outputs, 2, 4):
                 return "2:4-transposable"
             return f"{keep}:{size}"
     return ""
+
+
+def _holds_in_each_group(use: WeightUse, array: Array, axis: int, keep: int, size: int) -> bool:
+    """As `holds`, where no N:M group reaches from one group of a convolution, which lie along axis 0, into the next."""
+    straddles = axis == 0 and use.groups > 1 and (array.shape[0] % use.groups or array.shape[0] // use.groups % size)
+    return not straddles and holds(array, axis, keep, size)
 
 
 def density_of(array: Array) -> float:
@@ -211,7 +221,7 @@ def is_quantised(value: ir.Value) -> bool:
     """Whether a constant passes through QuantizeLinear or DequantizeLinear on its way to the op that reads it."""
     producer = value.producer()
     while producer is not None:
-        if producer.op_type in ("DequantizeLinear", "QuantizeLinear"):
+        if producer.op_type in _QUANTISERS:
             return True
         first = producer.inputs[0] if producer.inputs else None
         producer = None if first is None else first.producer()
@@ -289,7 +299,11 @@ def _evaluate(value: ir.Value, opset: int, known: dict[int, Array | None]) -> Ar
                 [onnx.ValueInfoProto(name=name) for name in names if name],
                 [onnx.ValueInfoProto(name=f"o{value.index()}")],
             )
-            model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset or 18)])
+            version = opset or 18
+            if producer.op_type in _QUANTISERS:
+                # onnx evaluates these from version 19 on; earlier versions mean the same, with fewer types.
+                version = max(version, _OLDEST_EVALUATED_QUANTISERS)
+            model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", version)])
             try:
                 evaluator = onnx.reference.ReferenceEvaluator(model)
                 result = evaluator.run(None, {name: array for name, array in zip(names, arrays, strict=True) if name})[0]  # type: ignore[index]
@@ -307,7 +321,7 @@ def _asymmetric(value: ir.Value, opset: int) -> str:
     """A text where an integer weight has a zero point other than zero, which turns its zeros into non-zeros."""
     producer = value.producer()
     while producer is not None and producer.inputs and producer.inputs[0] is not None:
-        if producer.op_type in ("DequantizeLinear", "QuantizeLinear") and len(producer.inputs) > 2:
+        if producer.op_type in _QUANTISERS and len(producer.inputs) > 2:
             zero_point = producer.inputs[2]
             array = None if zero_point is None else _evaluate(zero_point, opset, {})
             if array is not None and bool((array != 0).any()):

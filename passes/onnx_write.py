@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import os
 import shutil
@@ -16,6 +17,7 @@ from sparsefx.errors import ExportError
 
 # Protobuf refuses messages of 2 GiB; the graph itself needs a little of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**24
+_LARGEST_INSIDE = 256  # bytes of a tensor that stays in the graph where the others stand beside it
 
 
 def tensor_bytes(model: ir.Model) -> int:
@@ -54,8 +56,8 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
 
     The file is written and synchronised in a temporary directory beside ``path``, which is removed whatever happens,
     so that an earlier file at ``path`` stays as it was until the new one takes its place in one step. Above
-    `LARGEST_SINGLE_FILE` the weights go to a second file, whose name holds a hash of its content: it never
-    overwrites the data of an earlier export.
+    `LARGEST_SINGLE_FILE` the weights go to a second file, whose name holds a hash of its content: data of the same name
+    either holds the same bytes and stays, or is damaged and is replaced.
 
     Returns:
         Bytes written, external data included.
@@ -66,6 +68,7 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
     target = check_destination(path)
     directory: Path | None = None
     placed: Path | None = None
+    damaged: Path | None = None
     try:
         directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         # A directory made by mkdtemp is private; the file in it gets the user's own default permissions.
@@ -77,7 +80,10 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
             shutil.copymode(target, temporary)
         if data is not None:
             final = target.parent / data.name
-            if not final.exists():
+            if not _same_content(data, final):
+                if final.is_symlink() or final.is_file():
+                    damaged = directory / "damaged.data"
+                    shutil.copy2(final, damaged, follow_symlinks=False)
                 os.replace(data, final)
                 placed = final
         os.replace(temporary, target)
@@ -90,10 +96,16 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
             f"{path}: the file could not be written: {error.strerror or error}; {remedy} and export again"
         ) from error
     finally:
-        if placed is not None:
+        if placed is not None and damaged is not None:
+            os.replace(damaged, placed)
+        elif placed is not None:
             placed.unlink(missing_ok=True)
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def _write(model: ir.Model, temporary: Path, *, external: bool) -> Path | None:
@@ -105,18 +117,47 @@ def _write(model: ir.Model, temporary: Path, *, external: bool) -> Path | None:
             file.flush()
             os.fsync(file.fileno())
         return None
-    digest = hashlib.sha256()
-    for name, value in model.graph.initializers.items():
-        digest.update(name.encode())
-        if value.const_value is not None:
-            digest.update(value.const_value.tobytes())
-    data = temporary.parent / f"{temporary.stem}-{digest.hexdigest()[:12]}.data"
-    # Saving with external data rebinds the initializers to the written file, and puts them back itself.
-    ir.save(model, temporary, format="protobuf", external_data=data.name)
-    for written in (temporary, data):
-        with written.open("rb") as file:
-            os.fsync(file.fileno())
+    written = temporary.with_suffix(".data")
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    tensors = [value.const_value for value in values]
+    try:
+        ir.external_data.unload_from_model(model, written.parent, written.name, size_threshold_bytes=_LARGEST_INSIDE)
+        data = written.with_name(f"{written.stem}-{_digest(written)[:12]}.data")
+        os.replace(written, data)
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = _at(data, value.const_value, tensor)
+        _write(model, temporary, external=False)
+    finally:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
+    with data.open("rb") as file:
+        os.fsync(file.fileno())
     return data
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _at(data: Path, stored: ir.TensorProtocol | None, tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    """What was stored in a file beside the graph, in the file's last place, with what the tensor says of itself."""
+    if tensor is None or not isinstance(stored, ir.ExternalTensor):
+        return stored
+    return ir.ExternalTensor(
+        data.name,
+        stored.offset,
+        stored.length,
+        stored.dtype,
+        shape=stored.shape,
+        name=stored.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+        base_dir=data.parent,
+    )
 
 
 def _synchronise(directory: Path) -> None:

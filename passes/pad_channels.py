@@ -5,7 +5,8 @@ tools, and one whose inputs do not come in fours (the 3 of an image) cannot be 2
 as many zeros behind the data that meets them, every sum has the same terms and some zeros more.
 
 It pays where the padded sparse product has fewer terms than the dense one had: 2:4 halves them, so the padded size has to be
-below twice the size. Sixteen is tried first, then four, which is all that the hardware asks for.
+below twice the size. Sixteen is tried first, then four, which is all that the hardware asks for. A weight that is 2:4 as it is
+stays where its outputs do not come in steps of 8, since no number of inputs would make that good.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsefx.passes.onnx_names import unused_name
-from sparsefx.passes.onnx_weights import WeightUse, holds, weight_uses, with_zeros
+from sparsefx.passes.onnx_weights import WeightUse, holds, output_axis, weight_uses, with_zeros
+from sparsefx.passes.tensor_cores import OUTPUT_MULTIPLE
 
 PADDED_KEY = "sparsefx.padded"
 """Metadata of a padded weight: how many inputs it had."""
@@ -50,6 +52,8 @@ def padded_size(use: WeightUse) -> int | None:
     if array.ndim < 2 or array.dtype.kind in "iub":
         return None
     length = int(array.shape[axis])
+    if length % 4 == 0 and array.shape[output_axis(use.op, axis, array.ndim)] % OUTPUT_MULTIPLE:
+        return None
     for multiple in _MULTIPLES:
         size = -(-length // multiple) * multiple
         if length < size < 2 * length and holds(with_zeros(array, axis, size), axis, 2, 4):

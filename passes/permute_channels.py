@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsefx.errors import VerificationError
+from sparsefx.errors import CaptureError, VerificationError
 from sparsefx.passes.channel_rules.ordering import ORDERING
 from sparsefx.passes.channel_rules.products import matrix
 from sparsefx.passes.channels.facts import Facts, Read
-from sparsefx.passes.channels.graph import capture_channels
+from sparsefx.passes.channels.graph import ChannelGraph, capture_channels
 from sparsefx.passes.channels.interchange import Interchange, find_interchange, varying
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.plan import ChannelPlan
@@ -65,7 +65,7 @@ class ChannelOrder:
         plan: carries it out, see `sparsefx.apply_channel_plan`; every shape stays as it is.
         layers: the weights that gain by it, in order of execution.
         before, after: share of the sum of |weight| that 2:4 keeps, of all weights that were to gain.
-        refused: orders that changed outputs and were left out, in words.
+        refused: orders that changed outputs and were left out, or why none was looked for, in words.
         difference: largest difference of an output in float64, relative to that output's largest value.
     """
 
@@ -110,6 +110,9 @@ def order_channels(
 ) -> ChannelOrder:
     """The order of all channels that can be given one. Nothing is changed.
 
+    Layers that run in train mode only, such as auxiliary heads, are given the order too; where the model has some and cannot be
+    captured in train mode, all channels keep their places, since nothing would tell that a head reads the wrong ones.
+
     Args:
         model: whose outputs are to stay as they are.
         arguments: example inputs.
@@ -121,12 +124,13 @@ def order_channels(
         CaptureError: torch.export refuses the model.
         VerificationError: outputs differ even without any change of order.
     """
-    propagation = propagate_channels(model, [capture_channels(model, *arguments)], rules=ORDERING)
+    graphs, told = _graphs(model, arguments)
+    propagation = propagate_channels(model, graphs, rules=ORDERING)
     facts = propagation.facts
     interchange = find_interchange(facts, propagation.labels)
     reads = _reads(facts, weights)
     found: list[tuple[Integers, list[_Reader]]] = []
-    for group in interchange.groups:
+    for group in () if told else interchange.groups:
         readers = [reader for read in reads if (reader := _reader(read, interchange.roots, group)) is not None]
         if readers:
             found.append((group, readers))
@@ -136,24 +140,51 @@ def order_channels(
         order = _searched(readers, search, size / sum(work))
         if (order != np.arange(len(order))).any():
             moves.append((group, group[order]))
-    trial = ValueTrial(_telling(model, seed), arguments, seed)
+    telling = _telling(model, seed)
+    trials = [ValueTrial(telling, arguments, seed)]
     # A sum in another order rounds differently: where the model computes in float32 of its own accord, as far as that.
-    limit = max(TOLERANCE, 30 * trial.noise(2**-24 if trial.narrows() else 1e-15))
-    if trial.difference(_plan(model, facts, interchange, [])) > limit:
+    limit = max(TOLERANCE, 30 * trials[0].noise(2**-24 if trials[0].narrows() else 1e-15))
+    nothing = _plan(model, facts, interchange, [])
+    if trials[0].difference(nothing) > limit:
         raise VerificationError(
             f"{type(model).__name__} gives other outputs for the same inputs each time, so that an order of channels cannot be "
             "checked; put it in eval mode, or take the random part out"
         )
+    if len(graphs) > 1:
+        trained = ValueTrial(telling, arguments, seed, training=True)
+        # Dropout draws for each place, so that outputs then differ for every order.
+        if not trained.draws():
+            trials.append(trained)
+
+    def difference(some: list[tuple[Integers, Integers]]) -> float:
+        plan = _plan(model, facts, interchange, some)
+        return max(trial.difference(plan) for trial in trials)
 
     def keeps_outputs(some: list[tuple[Integers, Integers]]) -> bool:
-        return trial.difference(_plan(model, facts, interchange, some)) <= limit
+        return difference(some) <= limit
 
     kept, left_out = _that_pass(moves, keeps_outputs)
     plan = _plan(model, facts, interchange, kept)
     layers, before, after = _gains(found, kept)
     names = {id(group): readers[0].read.weight.name for group, readers in found}
-    refused = tuple(f"the {len(group)} inputs of {names[id(group)]}: outputs change with their order" for group, _ in left_out)
-    return ChannelOrder(plan, layers, before, after, refused, trial.difference(plan))
+    refused = [told] if told else []
+    refused += [f"the {len(group)} inputs of {names[id(group)]}: outputs change with their order" for group, _ in left_out]
+    return ChannelOrder(plan, layers, before, after, tuple(refused), difference(kept))
+
+
+def _graphs(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[list[ChannelGraph], str]:
+    """The model in eval mode, and in train mode where eval mode leaves layers out; or why that could not be captured."""
+    graphs = [capture_channels(model, *arguments)]
+    read = graphs[0].read()
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    unread = [name for name, tensor in tensors if tensor.is_floating_point() and tensor.dim() and name not in read]
+    if not unread:
+        return graphs, ""
+    try:
+        return [*graphs, capture_channels(model, *arguments, training=True)], ""
+    except CaptureError as error:
+        why = str(error.__cause__ or error).strip().splitlines()[0][:160]
+        return graphs, f"eval mode does not read {unread[0]}, and train mode cannot be captured ({why}): all channels keep places"
 
 
 def _telling(model: nn.Module, seed: int) -> nn.Module:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import io
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +24,7 @@ from sparsefx.errors import ExportError, OptionError
 from sparsefx.passes import onnx_write
 from sparsefx.passes.compact_weights import densify
 from sparsefx.passes.onnx_check import check_standard, first_line
-from sparsefx.passes.onnx_read import read_onnx
+from sparsefx.passes.onnx_read import load_data, read_onnx
 from sparsefx.passes.onnx_weights import WeightUse, holds, weight_uses
 from sparsefx.passes.onnx_write import check_destination, destination_of, tensor_bytes, write_checked
 
@@ -112,7 +113,7 @@ def quantize_onnx(
     target = destination_of(out)
     check_destination(target)
     model, _ = read_onnx(path)
-    ir.external_data.load_to_model(model)
+    load_data(model)
     densify(model)
     ir.passes.common.InlinePass()(model)
     opset = model.opset_imports.get("", 0) or model.opset_imports.get("ai.onnx", 0)
@@ -131,7 +132,7 @@ def quantize_onnx(
         ir.save(model, plain, format="protobuf", external_data="float.data" if large else None)
         _quantize(plain, quantized, batches, sorted({use.node for use in uses}), method, large)
         result, _ = read_onnx(quantized)
-        ir.external_data.load_to_model(result)
+        load_data(result)
         _strip(result)
         weights = _check_zeros(result, before)
         _carry_metadata(result, before)
@@ -185,8 +186,17 @@ def _chosen(model: ir.Model, exclude: Sequence[str]) -> tuple[list[WeightUse], l
             left.append((name, f"it is {use.array.dtype.name}; export the model in float32"))
         elif use.operand != 1 or not any(id(user) in own for user, _ in use.value.uses()):
             left.append((name, "it is the left operand, or stands in a subgraph"))
+        elif use.op == "MatMul" and use.array.ndim > 2:
+            left.append((name, f"it is a stack of matrices of shape {use.array.shape}, for which onnxruntime has no INT8 kernel"))
         else:
             uses.append(use)
+    axes: dict[str, set[int | None]] = {}
+    for use in uses:
+        axes.setdefault(use.initializers[0], set()).add(use.axis)
+    for name, found in axes.items():
+        if len(found) > 1:
+            left.append((name, "several ops sum over different axes of it, and the scales run along one; store it once for each"))
+    uses = [use for use in uses if len(axes[use.initializers[0]]) == 1]
     unmatched = [glob for glob in exclude if glob not in matched]
     if unmatched:
         raise OptionError(f"exclude={unmatched[0]!r} was given, and no weight has such a name; sparsefx audit lists the names")
@@ -221,10 +231,25 @@ def _batches(model: ir.Model, calibration: Iterable[Any]) -> list[dict[str, np.n
 
 
 class _Reader:
-    """What onnxruntime's calibrators read from: it stands in for their CalibrationDataReader."""
+    """What onnxruntime's calibrators read from: it stands in for their CalibrationDataReader.
+
+    Batches come in ranges of equal shapes, the largest range first: histograms of one range are made from all of it at once,
+    which takes equal shapes, and those of further ranges are added to the bins of the first.
+    """
 
     def __init__(self, batches: list[dict[str, np.ndarray[Any, Any]]]) -> None:
-        self._left = iter(batches)
+        by_shapes: dict[tuple[Any, ...], list[dict[str, np.ndarray[Any, Any]]]] = {}
+        for batch in batches:
+            by_shapes.setdefault(tuple(array.shape for array in batch.values()), []).append(batch)
+        sizes = {shapes: sum(array.size for batch in some for array in batch.values()) for shapes, some in by_shapes.items()}
+        self._ranges = [by_shapes[shapes] for shapes in sorted(sizes, key=lambda shapes: -sizes[shapes])]
+        self._left = iter([batch for some in self._ranges for batch in some])
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._left = iter([batch for some in self._ranges[start_index:end_index] for batch in some])
 
     def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
         return next(self._left, None)
@@ -245,12 +270,13 @@ def _quantize(
         "entropy": CalibrationMethod.Entropy,
         "percentile": CalibrationMethod.Percentile,
     }
+    reader = _Reader(batches)
     try:
         with _quiet():
             quantize_static(
                 str(plain),
                 str(quantized),
-                _Reader(batches),
+                reader,
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(_OPS),
                 per_channel=True,
@@ -266,6 +292,8 @@ def _quantize(
                     # Between a convolution and its ReLU or residual sum nothing is rounded: TensorRT fuses these, and rounds
                     # what enters the next layer.
                     "OpTypesToExcludeOutputQuantization": list(_OPS),
+                    # Named after minmax, which takes all shapes as they come; what it does is to ask for range after range.
+                    "CalibStridedMinMax": 1 if method != "minmax" and len(reader) > 1 else None,
                 },
             )
     except Exception as error:  # onnxruntime raises whatever happens in its Python code
@@ -290,12 +318,12 @@ def _working_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the quantiser's advice on stderr: what matters is checked afterwards."""
+    """Without the quantiser's advice and its progress: what matters is checked afterwards."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -37,7 +37,8 @@ def channel_order(
 
     Each set of channels that may change places (hidden units of a block, a residual stream, channels of a head or of a group
     of a convolution) is ordered by `search_permutation` for all weights that sum over it. The result is compared with the model
-    in float64, in eval mode, before it is handed out; orders that change an output are left out and told.
+    in float64, in eval mode, before it is handed out; orders that change an output are left out and told. Layers that only run in
+    train mode get the order too; layers that ``forward`` runs in neither mode (say, of a method of their own) are not looked at.
 
     Args:
         model: a dense model that torch.export takes, say a pretrained one, before `sparsify`.

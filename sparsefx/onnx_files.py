@@ -12,7 +12,7 @@ import onnx_ir as ir
 from sparsefx.errors import ExportError
 from sparsefx.passes.compact_weights import OLDEST_OPSET, compact, densify
 from sparsefx.passes.onnx_check import check_standard
-from sparsefx.passes.onnx_read import read_onnx
+from sparsefx.passes.onnx_read import load_data, read_onnx
 from sparsefx.passes.onnx_write import check_destination, destination_of, write_checked
 
 
@@ -83,7 +83,7 @@ def _rewrite(
     check_destination(target)
     model, _ = read_onnx(source)
     before = _size_on_disk(source, model)
-    ir.external_data.load_to_model(model)
+    load_data(model)
     _detach(model)
     weights = change(model)
     if not weights and out is None:

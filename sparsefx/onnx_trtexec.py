@@ -52,10 +52,10 @@ class SparsityLog:
 
     def verdict(self, weight: OnnxWeight) -> str:
         """``picked``, ``eligible``, ``not eligible``, or ``unknown`` where the log cannot tell for this node."""
+        if weight.node and self.picked is not None and weight.node in self.picked:
+            return "picked"
         if not weight.node or self.eligible is None:
             return "unknown" if self.eligible_layers or not weight.node else "not eligible"
-        if self.picked is not None and weight.node in self.picked:
-            return "picked"
         if weight.node in self.eligible:
             return "eligible" if self.picked is not None else "eligible, perhaps picked"
         return "not eligible"

@@ -81,6 +81,15 @@ def test_a_log_with_numbers_only_leaves_single_weights_unknown(tmp_path: Path, m
     assert {log.verdict(weight) for weight in audit_onnx(model)} == {"unknown"}
 
 
+def test_a_log_that_names_picked_layers_only(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "log").write_text(
+        "(Sparsity) Found 2 layer(s) eligible to use sparse tactics\n"
+        "(Sparsity) Chose 1 layer(s) using sparse tactics: conv1 + relu1\n"
+    )
+    log = read_log(tmp_path / "log")
+    assert [log.verdict(weight) for weight in audit_onnx(model)] == ["picked", "unknown", "unknown"]
+
+
 def test_no_layer_eligible(tmp_path: Path, model: Path) -> None:
     (tmp_path / "log").write_text(
         "[TRT] (Sparsity) Layers eligible for sparse math: \n"

@@ -137,12 +137,18 @@ def _first_line(error: Exception) -> str:
 class ValueTrial:
     """Runs plans in float64 on random inputs in the shapes of the example inputs, and compares the values of outputs.
 
+    Args:
+        model: is copied.
+        arguments: example inputs.
+        seed: of the inputs, and of what the model draws.
+        training: the mode that it runs in.
+
     Raises:
         VerificationError: the model itself does not run in float64.
     """
 
-    def __init__(self, model: nn.Module, arguments: Arguments, seed: int) -> None:
-        self._model = copy_with(model, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor).eval()
+    def __init__(self, model: nn.Module, arguments: Arguments, seed: int, *, training: bool = False) -> None:
+        self._model = copy_with(model, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor).train(training)
         self._generator = torch.Generator().manual_seed(seed)
         self._seed = seed
         self._inputs = tree_map(lambda leaf: _random_like(leaf, self._generator), arguments)
@@ -214,6 +220,10 @@ class ValueTrial:
 
         return _difference(self._outputs(copy_with(self._model, moved)), self._expected)
 
+    def draws(self) -> bool:
+        """Whether outputs depend on random numbers that the model draws: another order of channels then draws others."""
+        return _difference(self._outputs(self._model, seed=self._seed + 1), self._expected) > 0
+
     def narrows(self) -> bool:
         """Whether the model's own code goes on in float32 or less where it is given float64."""
         seen = Narrowing()
@@ -235,12 +245,12 @@ class ValueTrial:
                 "The model is as before. Prune those of its submodules that do, each with inputs of its own"
             ) from error
 
-    def _outputs(self, model: nn.Module, inputs: Any = None) -> list[Any]:
+    def _outputs(self, model: nn.Module, inputs: Any = None, seed: int | None = None) -> list[Any]:
         args, kwargs = copies(*(self._inputs if inputs is None else inputs))
         widening = Widening() if self._widens else nullcontext()  # type: ignore[no-untyped-call]
         with unchanged(model), torch.no_grad(), widening:
             # Code that draws random numbers in eval mode draws the same ones.
-            torch.manual_seed(self._seed)
+            torch.manual_seed(self._seed if seed is None else seed)
             return tree_leaves(model(*args, **kwargs))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsefx.capture.arguments import describe_arguments, split_arguments
 from sparsefx.errors import CaptureError, NonFiniteError, OptionError
 from sparsefx.one_shot.base import OneShotMethod
-from sparsefx.one_shot.layout import Call, from_matrices, inputs_of, to_matrices
+from sparsefx.one_shot.layout import Call, from_matrices, inputs_of, pattern_of_matrices, to_matrices
 from sparsefx.one_shot.observe import Inputs, Stop, run
 from sparsefx.one_shot.originals import Originals
 from sparsefx.patterns import Pattern
@@ -194,8 +194,9 @@ def _mask(
         raise NonFiniteError(f"{name}: its inputs on the calibration batches hold NaN or infinity; expected finite values")
     with torch.no_grad():
         matrices = to_matrices(parameter.detach(), call)
+        allowed = pattern_of_matrices(pattern, call)
         solved = [
-            method.solve(matrix, statistic, pattern, density) for matrix, statistic in zip(matrices, statistics, strict=True)
+            method.solve(matrix, statistic, allowed, density) for matrix, statistic in zip(matrices, statistics, strict=True)
         ]
         parameter.detach().copy_(from_matrices(torch.stack([weight for weight, _ in solved]), parameter, call))
         return from_matrices(torch.stack([mask for _, mask in solved]), parameter, call).contiguous()

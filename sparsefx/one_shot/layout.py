@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from sparsefx.patterns import Pattern
+from sparsefx.patterns.padded import Padded
 
 _CONVOLUTIONS = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
@@ -80,13 +83,47 @@ def from_matrices(matrices: Tensor, weight: Tensor, call: Call) -> Tensor:
     return flat.reshape(weight.shape[0], *weight.shape[2:], weight.shape[1]).movedim(-1, 1) if weight.dim() > 2 else flat
 
 
+@dataclass(frozen=True, repr=False)
+class EachTap(Pattern):
+    """A padded pattern for the matrices of `to_matrices`: the channels at each place of the kernel end in a group of their own.
+
+    Attributes:
+        inner: the pattern of the channels at one place.
+        taps: how many places the kernel has.
+    """
+
+    inner: Padded
+    taps: int
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def fixed_density(self) -> float | None:
+        return self.inner.fixed_density
+
+    def refusal(self, shape: Sequence[int], *, reduction_axis: int = 1) -> str | None:
+        return self.inner.refusal(shape, reduction_axis=reduction_axis)
+
+    def _mask(self, scores: Tensor, density: float, reduction_axis: int) -> Tensor:
+        channels = scores.unflatten(1, (self.taps, -1)).flatten(0, 1)
+        return self.inner.mask(channels, density).reshape(scores.shape)
+
+
+def pattern_of_matrices(pattern: Pattern, call: Call) -> Pattern:
+    """What a pattern of a weight asks of the matrices that `to_matrices` makes of it."""
+    taps = call.weight.shape[2:].numel()
+    return EachTap(pattern, taps) if isinstance(pattern, Padded) and call.stride and taps > 1 else pattern
+
+
 def inputs_of(call: Call) -> Iterator[Tensor]:
     """The inputs that each output is a product of, ``[groups, samples, columns]``, in parts of bounded size."""
     if not call.stride:
         yield call.input.detach().reshape(1, -1, call.input.shape[-1])
         return
     taps = call.weight.shape[2:].numel()
-    each = max(1, _VALUES_AT_A_TIME // max(1, taps * call.input[0].numel()))
+    each = max(1, _VALUES_AT_A_TIME // max(1, taps * call.input.shape[1:].numel()))
     flat_padding = [value for pair in reversed(call.padding) for value in pair]
     for part in call.input.detach().split(each):
         padded = functional.pad(part, flat_padding)

@@ -21,6 +21,8 @@ class SparseGPT(OneShotMethod):
     The loss is the squared error of the layer's outputs on the calibration data; its Hessian, the Gram matrix of the inputs,
     is the same for all outputs, so one Cholesky factor of its inverse serves them all. Within a block of columns (for N:M
     within each group) the weights with the smallest w^2 / [H^-1]_jj^2 are masked, with both taken as they stand by then.
+    Weights of an input that was always zero are masked first, as published; a layer whose inputs were all zero (an expert that no
+    token reached) is masked by magnitude, and what stays of it is as it was.
 
     Attributes:
         damping: share of the Gram matrix's mean diagonal that is added to its diagonal.
@@ -54,6 +56,9 @@ class SparseGPT(OneShotMethod):
         statistic.addmm_(inputs.T, inputs)
 
     def solve(self, weight: Tensor, statistic: Tensor, pattern: Pattern, density: float) -> tuple[Tensor, Tensor]:
+        if not bool(statistic.any()):
+            by_magnitude = pattern.mask(weight, density)
+            return weight.masked_fill(~by_magnitude, 0), by_magnitude
         work = weight.to(statistic.dtype).clone()
         factor = self._inverse_factor(statistic)
         dead = statistic.diagonal() == 0

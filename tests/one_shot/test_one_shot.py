@@ -150,6 +150,19 @@ def test_convolutions_have_their_groups_along_input_channels(algorithm: str) -> 
     assert len(sparsefx.masks(model)) == 2
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (6, 1), (12, 2), (16, 1)])
+def test_padded_groups_of_convolutions_end_at_each_place_of_the_kernel(channels: int, groups: int) -> None:
+    model = nn.Sequential(nn.Conv2d(channels, 16, 3, groups=groups), nn.ReLU(), nn.Conv2d(16, 8, (1, 2)))
+    calibration = batches(4, channels, 9, 9)
+    with torch.no_grad():
+        norms = functional.unfold(torch.cat(calibration), 3).square().sum((0, 2)).sqrt().view(groups, 1, -1, 3, 3)
+        scores = (model[0].weight.abs().view(groups, -1, *model[0].weight.shape[1:]) * norms).flatten(0, 1)
+    eligibility = sparsefx.Eligibility(multiple=1)
+    sparsefx.sparsify(model, pattern="2:4-padded", algorithm="wanda", calibration=calibration, eligibility=eligibility)
+    assert torch.equal(sparsefx.masks(model)["0.weight"], parse("2:4-padded").mask(scores))
+    assert (model[2].weight.unflatten(1, (-1, 4)) != 0).sum(2).max() == 2
+
+
 def first_norms(inputs: list[Tensor]) -> Tensor:
     return torch.cat(inputs).norm(dim=0)
 
@@ -259,7 +272,10 @@ def test_one_block_is_looked_at_at_a_time_and_runs_stop_after_it() -> None:
     assert Counting.calls == 4 + 2 + 3 + 4 + 4
 
 
-def test_experts_that_no_token_reaches_are_masked_by_magnitude() -> None:
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("algorithm", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_experts_that_no_token_reaches_are_masked_by_magnitude(algorithm: str, pattern: str, rows: int) -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -267,12 +283,33 @@ def test_experts_that_no_token_reaches_are_masked_by_magnitude() -> None:
             self.last = nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.experts[0](x) + self.experts[1](x * 0))
+            return self.last(self.experts[0](x) + self.experts[1](x[:rows] * 0).sum(0))
 
     model = Experts()
     weight = model.experts[1].weight.detach().clone()
-    sparsefx.sparsify(model, algorithm="wanda", calibration=batches(4, 16))
-    assert torch.equal(sparsefx.masks(model)["experts.1.weight"], parse("2:4").mask(weight))
+    sparsefx.sparsify(model, pattern=pattern, algorithm=algorithm, calibration=batches(4, 16))
+    mask = sparsefx.masks(model)["experts.1.weight"]
+    if (algorithm, pattern) != ("wanda", "unstructured"):  # which compares within each output
+        assert torch.equal(mask, parse(pattern).mask(weight))
+    assert float(mask.float().mean()) == 0.5
+    assert torch.equal(model.experts[1].weight, weight * mask)
+
+
+def test_a_convolution_that_got_no_rows_is_masked_by_magnitude() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.all, self.none = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.all(x) + self.none(x[:0]).sum()
+
+    model = Rows()
+    weight = model.none.weight.detach().clone()
+    sparsefx.sparsify(model, algorithm="sparsegpt", calibration=batches(4, 16, 5, 5))
+    mask = sparsefx.masks(model)["none.weight"]
+    assert torch.equal(mask, parse("2:4").mask(weight))
+    assert torch.equal(model.none.weight, weight * mask)
 
 
 @pytest.mark.parametrize(

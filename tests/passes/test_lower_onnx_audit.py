@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import save, two_of_four
 from onnx_models import make_sparse
 from torch import nn
 
@@ -19,28 +20,6 @@ from sparsefx.errors import ExportError
 from sparsefx.onnx_audit import OnnxWeight, audit_onnx
 from sparsefx.passes.lower_onnx import lower_onnx
 from sparsefx.passes.onnx_weights import holds
-
-
-def two_of_four(shape: tuple[int, ...], axis: int, dtype: str = "float32") -> np.ndarray:
-    """Random values, 2:4 along ``axis`` and (almost surely) not along the other axes."""
-    values = np.random.default_rng(0).normal(size=shape) + 10
-    moved = np.moveaxis(values, axis, -1).copy()
-    order = np.random.default_rng(1).random((*moved.shape[:-1], moved.shape[-1] // 4, 4)).argsort(-1)
-    mask = (order < 2).reshape(moved.shape)
-    return np.ascontiguousarray(np.moveaxis(moved * mask, -1, axis)).astype(dtype)
-
-
-def save(path: Path, nodes: list[Any], initializers: dict[str, np.ndarray], inputs: dict[str, list[int]], **options: Any) -> Path:
-    graph = helper.make_graph(
-        nodes,
-        "graph",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in initializers.items()],
-        **options,
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
 
 
 def audit_one(path: Path) -> OnnxWeight:

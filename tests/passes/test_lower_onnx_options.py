@@ -54,6 +54,19 @@ def test_bfloat16_is_exported_and_compared_in_float32(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
 
 
+def test_a_linear_layer_into_which_a_norm_is_folded_in_bfloat16(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 16)).eval()
+    with torch.no_grad():
+        for tensor in (model[1].running_var, model[1].weight, model[1].bias, model[1].running_mean):
+            tensor.uniform_(0.5, 2)
+    names = sparsify_by_hand(model)
+    report = lower_onnx(model.bfloat16(), torch.randn(4, 64).bfloat16(), tmp_path / "m.onnx")
+    assert 0 < report.largest_relative_error < 2e-2
+    rows = audit_onnx(tmp_path / "m.onnx")
+    assert [(row.source, row.pattern, row.dtype) for row in rows] == [(name, "2:4", "bfloat16") for name in names]
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+
+
 def test_a_wrong_bfloat16_file_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     translate = lowering._translate
 
@@ -186,3 +199,25 @@ def test_a_size_that_the_model_fixes_is_told_and_the_inputs_are_as_before(tmp_pa
         lower_onnx(Fixed(), x, tmp_path / "m.onnx", dynamic_batch=True)
     assert x.__dict__ == before
     assert lower_onnx(Fixed(), x, tmp_path / "m.onnx").samples == 3
+
+
+class Branches(nn.Module):
+    """Linear layers on three axes in the branches of a condition, one of them read outside as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(self.first(x).sum() > 0, lambda x: self.first(x).neg(), lambda x: self.second(x).relu(), (x,))
+
+
+@pytest.mark.parametrize("weights", ["plain", "compact"])
+def test_linear_layers_in_branches(tmp_path: Path, weights: Any) -> None:
+    model = Branches().eval()
+    names = sparsify_by_hand(model)
+    report = lower_onnx(model, torch.randn(2, 3, 64), tmp_path / "m.onnx", weights=weights, samples=6)
+    assert report.largest_relative_error < 1e-4
+    rows = audit_onnx(tmp_path / "m.onnx")
+    assert {(row.source, row.op, row.axis, row.pattern) for row in rows} == {(name, "MatMul", 0, "2:4") for name in names}
+    assert len(rows) == 3

@@ -21,16 +21,16 @@ from sparsefx.passes.lower_onnx import lower_onnx
 
 
 class Net(nn.Module):
-    """An image of three channels, convolutions of 24 and 40, and linear layers of 20 on two and on three axes."""
+    """An image of three channels, convolutions of 24 and 40, and linear layers of 24 on two and on three axes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(24)
         self.middle = nn.Conv2d(24, 40, 3, padding=1)
-        self.last = nn.Conv2d(40, 20, 1)
-        self.tokens = nn.Linear(20, 20)
-        self.head = nn.Linear(20, 8)
+        self.last = nn.Conv2d(40, 24, 1)
+        self.tokens = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 8)
 
     def forward(self, image: Tensor) -> Tensor:
         x = torch.relu(self.middle(torch.relu(self.norm(self.stem(image)))))
@@ -72,8 +72,8 @@ def test_each_weight_is_padded_where_it_pays(tmp_path: Path, dtype: torch.dtype)
     assert found == {
         "stem.weight": (24, 4, 3, 3),
         "middle.weight": (40, 32, 3, 3),
-        "last.weight": (20, 48, 1, 1),
-        "tokens.weight": (32, 20),
+        "last.weight": (24, 48, 1, 1),
+        "tokens.weight": (32, 24),
         "head.weight": (8, 32),
     }
     assert all(weight.pattern == "2:4" for weight in padded.initializers)
@@ -125,6 +125,8 @@ def test_outputs_are_equal_bit_for_bit(tmp_path: Path) -> None:
         (lambda: make_sparse(nn.Conv2d(24, 8, 1, groups=2), pattern="2:4"), (2, 24, 3, 3)),
         (lambda: make_sparse(nn.ConvTranspose2d(24, 8, 2), axis=0), (2, 24, 3, 3)),
         (lambda: nn.Conv2d(1, 8, 3), (2, 1, 6, 6)),
+        (lambda: make_sparse(nn.Linear(24, 10)), (2, 24)),  # its ten outputs stand in the way whatever its inputs are
+        (lambda: make_sparse(nn.Linear(24, 10)), (2, 3, 24)),
     ],
 )
 def test_where_it_does_not_pay_the_file_is_the_same(tmp_path: Path, make: Any, inputs: tuple[int, ...]) -> None:

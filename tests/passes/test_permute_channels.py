@@ -216,6 +216,52 @@ def test_a_head_of_zeros_does_not_hide_a_wrong_order(monkeypatch: pytest.MonkeyP
     assert len(order.refused) == 1
 
 
+class Auxiliary(nn.Module):
+    """A head that runs in train mode only, on channels that others read in eval mode."""
+
+    def __init__(self, broken: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 16, 3)
+        self.dropout = nn.Dropout(dropout)
+        self.head, self.auxiliary = nn.Linear(16, 10), nn.Linear(32, 10)
+        self.register_buffer("centre", torch.randn(32))
+        self.broken = broken
+
+    def forward(self, image: Tensor) -> Any:
+        features = self.norm(self.first(image)).relu()
+        outputs = self.head(self.dropout(self.second(features).relu()).mean((2, 3)))
+        if not self.training:
+            return outputs
+        if self.broken and float(outputs.sum()) > 1e9:
+            return outputs
+        return outputs, self.auxiliary(features.mean((2, 3)) - self.centre)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_heads_of_train_mode_are_given_the_order_too(dropout: float) -> None:
+    torch.manual_seed(0)
+    model, image = Auxiliary(dropout=dropout), torch.randn(2, 3, 7, 7)
+    _in_runs(model.second.weight)
+    order = sparsefx.channel_order(model, image, moves=5_000)
+    assert {layer.weight for layer in order.layers} == {"second.weight", "auxiliary.weight", "head.weight"}
+    assert order.refused == ()
+    permuted = sparsefx.apply_channel_plan(model, order.plan)
+    assert not torch.equal(permuted.centre, model.centre)
+    for net in (model, permuted):
+        net.train().dropout.eval()
+    for made, expected in zip(permuted(image), model(image), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_changes_places_where_a_head_of_train_mode_cannot_be_followed() -> None:
+    torch.manual_seed(0)
+    model, image = Auxiliary(broken=True), torch.randn(2, 3, 7, 7)
+    _in_runs(model.second.weight)
+    order = sparsefx.channel_order(model, image, moves=5_000)
+    assert (order.plan.empty, order.layers) == (True, ())
+    assert [text.partition(",")[0] for text in order.refused] == ["eval mode does not read auxiliary.weight"]
+
+
 def test_sparse_models_and_wrong_options_are_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     with pytest.raises(OptionError, match="seconds"):

@@ -167,9 +167,11 @@ def _report(
     refused: tuple[str, ...],
 ) -> PruningReport:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    evaluated = {name for name, _, training in facts.work if not training}
     places: dict[str, int] = {}
-    for name, number in facts.work:
-        places[name] = places.get(name, 0) + number
+    for name, number, training in facts.work:
+        if not training or name not in evaluated:
+            places[name] = places.get(name, 0) + number
     by_name = {layer.read.weight.name: layer for layer in layers}
     reasons = Reasons(facts, layers, solution, unrounded)
     rows, nonzero = [], 0

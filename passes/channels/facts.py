@@ -115,8 +115,8 @@ class Facts:
     pins: list[Pin] = field(default_factory=list)
     views: list[tuple[str, Integers]] = field(default_factory=list)
     """Module path and labels of each change of shape on channels, where code may hold their number."""
-    work: list[tuple[str, int]] = field(default_factory=list)
-    """Weight and number of places that it is multiplied at, for every call."""
+    work: list[tuple[str, int, bool]] = field(default_factory=list)
+    """Weight, number of places that it is multiplied at, and whether this was seen in train mode, for every call."""
     axes: dict[tuple[str, int], Integers] = field(default_factory=dict)
     """Label of each index of an axis of a parameter or buffer."""
     elements: dict[str, Integers] = field(default_factory=dict)

@@ -212,13 +212,14 @@ class Propagation:
         if places is None:
             self.count(node, read.weight, len(read.out))
         else:
-            self.facts.work.append((read.weight.name, places))
+            self.facts.work.append((read.weight.name, places, self.training))
 
     def count(self, node: fx.Node, weight: Weight, outputs: int) -> None:
         """Note how often a call multiplies by each value of its weight."""
         made = node.meta["val"]
         made = made[0] if isinstance(made, (tuple, list)) else made
-        self.facts.work.append((weight.name, max(1, math.prod(int(size) for size in made.shape) // outputs)))
+        places = max(1, math.prod(int(size) for size in made.shape) // outputs)
+        self.facts.work.append((weight.name, places, self.training))
 
     def _shift_behind(self, node: fx.Node) -> str:
         readers = list(node.users)

@@ -22,7 +22,8 @@ class LayerWidths:
         outputs_needed: channels that would stay with ``multiple=1``.
         empty: outputs whose weights were all zero before.
         folded: constant inputs that went into a bias, a running mean or another channel.
-        operations, operations_after: multiply-adds of all calls in one forward pass of the example inputs.
+        operations, operations_after: multiply-adds of all calls in one forward pass of the example inputs in eval mode; in train
+            mode, of weights that eval mode does not read.
         pinned: why some of its outputs have to stay whoever reads them; empty where nothing but readers keeps them.
         coupled: why empty outputs stay that nothing pins: who reads what they go with, or what has to be equally large.
     """
@@ -53,7 +54,8 @@ class PruningReport:
     Attributes:
         layers: one row for each weight, in order of execution.
         parameters, parameters_after: values in all parameters of the model.
-        operations, operations_after: multiply-adds of linear layers and convolutions in one forward pass of the example inputs.
+        operations, operations_after: multiply-adds of linear layers and convolutions in one forward pass of the example inputs,
+            as in the rows.
         new_biases: biases that were added, with their length.
         moved: parameters and buffers that constants were folded into.
         refused: groups of channels that the model's own code holds the number of, with what happened without them.

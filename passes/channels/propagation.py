@@ -217,8 +217,12 @@ class Propagation:
     def count(self, node: fx.Node, weight: Weight, outputs: int) -> None:
         """Note how often a call multiplies by each value of its weight."""
         made = node.meta["val"]
-        made = made[0] if isinstance(made, (tuple, list)) else made
-        places = max(1, math.prod(int(size) for size in made.shape) // outputs)
+        made, channels = (made[0] if isinstance(made, (tuple, list)) else made), outputs
+        if op_name(node).startswith("conv_transpose") or self.arguments(node).get("transposed"):
+            # Each place of the input is multiplied by the whole weight; strides make more places than that of the output.
+            made = node.all_input_nodes[0].meta["val"]
+            channels = int(made.shape[1])
+        places = max(1, math.prod(int(size) for size in made.shape) // channels)
         self.facts.work.append((weight.name, places, self.training))
 
     def _shift_behind(self, node: fx.Node) -> str:

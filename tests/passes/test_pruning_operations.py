@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,3 +45,24 @@ def test_heads_that_eval_mode_does_not_run_are_counted_as_train_mode_runs_them()
     model, x = Auxiliary().eval(), torch.randn(1, 3, 4, 4)
     rows = {row.weight: row.operations for row in sparsefx.channel_plan(model, x, multiple=1).report.layers}
     assert rows == {"stem.weight": 3 * 16 * 16, "head.weight": 16 * 4 * 16, "other.weight": 16 * 2 * 16}
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("axes", [1, 2])
+def test_transposed_convolutions_multiply_at_the_places_of_their_input(axes: int, groups: int) -> None:
+    plain, transposed = ((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d))[axes - 1]
+    model = nn.Sequential(
+        plain(3, 16, 3, padding=1),
+        nn.ReLU(),
+        transposed(16, 16, 4, stride=2, padding=1, groups=groups),
+        nn.ReLU(),
+        plain(16, 4, 1),
+    ).eval()
+    empty(model.get_parameter("0.weight"), *range(8))
+    with torch.no_grad():
+        model.get_parameter("0.bias")[:8] = 0
+    x = torch.randn(2, 3, *(8,) * axes)
+    small = sparsefx.prune_channels(model, x, multiple=1)
+    report = sparsefx.channel_plan_of(small).report
+    assert small.get_submodule("2").in_channels == 8
+    assert (report.operations, report.operations_after) == (_counted(model, x), _counted(small, x))

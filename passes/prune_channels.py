@@ -14,13 +14,13 @@ from sparsefx.errors import CaptureError, VerificationError
 from sparsefx.machine import machine_multiple
 from sparsefx.passes.channels.build import build_plan
 from sparsefx.passes.channels.carriers import choose_carriers
+from sparsefx.passes.channels.cut import cut
 from sparsefx.passes.channels.graph import ChannelGraph, capture_channels
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer, merge_reads
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.channels.propagation import Propagation
 from sparsefx.passes.channels.solve import Solution
-from sparsefx.passes.channels.surgery import cut
 from sparsefx.passes.channels.trial import Failure, ShapeTrial, ValueTrial, runs_in
 from sparsefx.passes.channels.widths import holds, keep_groups, pattern_of, round_widths
 from sparsefx.passes.propagate_channels import propagate_channels

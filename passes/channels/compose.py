@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsefx.errors import StateError
+from sparsefx.passes.channels.cut import cut
 from sparsefx.passes.channels.plan import Attribute, ChannelPlan
-from sparsefx.passes.channels.surgery import cut
 
 Shape = tuple[int, ...]
 Axes = Mapping[int, Tensor]

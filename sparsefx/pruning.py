@@ -111,7 +111,8 @@ def prune_channels_(
     Args:
         model: as for `channel_plan`. Its parameters are replaced: what else holds them (EMA copies, DDP) has to be made again.
         example_inputs: as for `channel_plan`.
-        optimizer: one or several that hold the parameters; parameters and their state are cut and stay in their groups.
+        optimizer: one or several that hold the parameters; parameters and their state are cut and stay in their groups. A bias
+            that is added joins the group of its weight where that has vectors too, else the nearest group with vectors.
         multiple, seed: as for `channel_plan`.
 
     Returns:
@@ -119,8 +120,9 @@ def prune_channels_(
 
     Raises:
         StateError: a MaskRuntime follows the model; detach it first, and attach it again afterwards. Or the model was pruned
-            before and changed by hand since.
-        OptimizerError: an optimizer keeps state that cannot be cut along.
+            before and changed by hand since. Or a parameter that would be replaced has hooks.
+        OptimizerError: an optimizer keeps state that cannot be cut along, or lists of parameters beside its groups; or a bias has
+            to be added that it does not take.
         And what `channel_plan` raises.
     """
     _expect(model, "prune_channels_", multiple)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from sparsefx.dormant_values import compact_of
 from sparsefx.errors import StateError
-from sparsefx.model_record import model_records, watch
+from sparsefx.model_record import is_watch, model_records, watch
 from sparsefx.passes.channels.cut import cut
 from sparsefx.passes.channels.optimizers import Cut, OptimizersFollow
 from sparsefx.passes.channels.plan import ChannelPlan
@@ -45,7 +45,7 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
     """Cut ``model`` in place, and the state of the optimizers that hold its parameters.
 
     Raises:
-        StateError: the plan does not fit the model.
+        StateError: the plan does not fit the model, or a parameter that would be replaced has hooks.
         OptimizerError: an optimizer keeps something that cannot be cut along, or takes no bias.
     """
     check_fits(model, plan)
@@ -55,6 +55,7 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
     named = {id(tensor): name for name, tensor in tensors.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     new = {name: _cut_parameter(tensors[name], plan, name) for name in plan.kept.keys() | plan.moved.keys() if name in tensors}
+    _check_hooks([tensors[name] for name in new], named)
     added = _new_biases(model, plan)
     following = OptimizersFollow(optimizers, Cut(plan, named, shapes, new, added))
     for module in model.modules():
@@ -78,6 +79,23 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
         setattr(module, attribute.name, list(attribute.after) if was_list else attribute.after)
     _refresh_records(model)
     following.carry_out()
+
+
+def _check_hooks(replaced: Sequence[Tensor], named: Mapping[int, str]) -> None:
+    """Hooks hold what they were written for, often the parameter or its shape: no other parameter can take them over."""
+    hooked = [named[id(tensor)] for tensor in replaced if any(not is_watch(hook) for hook in _hooks_of(tensor))]
+    if hooked:
+        shown = ", ".join(sorted(hooked)[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
+        raise StateError(
+            f"{shown} would be replaced by smaller parameters, and {'has' if len(hooked) == 1 else 'have'} hooks "
+            "(register_hook or register_post_accumulate_grad_hook), which would be lost. Remove them, prune, and register them "
+            "on the new parameters"
+        )
+
+
+def _hooks_of(tensor: Tensor) -> list[Any]:
+    every = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+    return [hook for hooks in every for hook in (hooks or {}).values()]
 
 
 def _cut_parameter(tensor: Tensor, plan: ChannelPlan, name: str) -> Tensor:

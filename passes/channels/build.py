@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ def build_plan(
     unrounded: Solution,
     multiple: int,
     refused: tuple[str, ...],
+    unread: tuple[str, ...],
     sized: Callable[[str], bool],
 ) -> ChannelPlan:
     """The plan of a solution.
@@ -43,6 +45,7 @@ def build_plan(
         unrounded: which would stay without rounding widths up.
         multiple: that widths were rounded to.
         refused: groups that had to be kept whole, in words.
+        unread: layers that no graph reads.
         sized: whether the module of this path has to be given the sizes of the parts that it takes.
     """
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
@@ -63,7 +66,8 @@ def build_plan(
     attributes = (
         (*changed_attributes(model, tensors, after, groups, normalized, heads), *changed_sizes(model, splits)) if kept else ()
     )
-    report = _report(model, facts, layers, solution, unrounded, after, new_biases, moved, multiple, refused)
+    report = _report(model, facts, layers, solution, unrounded, after, new_biases, moved, multiple)
+    report = replace(report, refused=refused, unread=unread)
     return ChannelPlan(kept, shapes, new_biases, moved, attributes, report)
 
 
@@ -164,7 +168,6 @@ def _report(
     new_biases: dict[str, int],
     moved: dict[str, tuple[Tensor, Tensor]],
     multiple: int,
-    refused: tuple[str, ...],
 ) -> PruningReport:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     evaluated = {name for name, _, training in facts.work if not training}
@@ -210,7 +213,7 @@ def _report(
         operations_after=sum(row.operations_after for row in rows),
         new_biases=new_biases,
         moved=tuple(moved),
-        refused=refused,
+        refused=(),
         multiple=multiple,
         operations_nonzero=nonzero,
     )

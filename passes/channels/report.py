@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_SHOWN = 8
+
 
 @dataclass(frozen=True)
 class LayerWidths:
@@ -63,6 +65,8 @@ class PruningReport:
         difference: largest difference of an output in float64 between the model before and after, relative to that output's
             largest value; None where it was not compared yet.
         operations_nonzero: of the multiply-adds before, those by weights other than zero.
+        unread: layers with parameters that no run of the example inputs reads, in eval mode or in train mode: they were not cut
+            along, and may not fit any more what they read.
     """
 
     layers: tuple[LayerWidths, ...]
@@ -76,6 +80,7 @@ class PruningReport:
     multiple: int
     difference: float | None = None
     operations_nonzero: int = 0
+    unread: tuple[str, ...] = ()
 
     @property
     def density_bound(self) -> float:
@@ -108,11 +113,12 @@ class PruningReport:
     def from_dict(data: Mapping[str, Any]) -> PruningReport:
         """The report that `as_dict` described."""
         rows = tuple(LayerWidths(**row) for row in data["layers"])
-        return PruningReport(**{**data, "layers": rows, "moved": tuple(data["moved"]), "refused": tuple(data["refused"])})
+        lists = {name: tuple(data.get(name, ())) for name in ("moved", "refused", "unread")}
+        return PruningReport(**{**data, **lists, "layers": rows})
 
     def __rich__(self) -> Table:
         """A table for the terminal."""
-        table = Table(title=self.summary(), title_justify="left", caption=self._notes() or None, caption_justify="left")
+        table = Table(title=self.summary(), title_justify="left", caption="\n".join(self.notes()) or None, caption_justify="left")
         for name, justify in (
             ("weight", "left"),
             ("inputs", "right"),
@@ -146,10 +152,14 @@ class PruningReport:
             f"({_share(self.operations, self.operations_after)}), widths in steps of {self.multiple}{compared}"
         )
 
-    def _notes(self) -> str:
+    def notes(self) -> list[str]:
+        """What stands in no row, a line each: biases that were added, what stays whole, and what was not run."""
         notes = [f"bias added: {name} [{length}]" for name, length in self.new_biases.items()]
         notes += [f"stays whole: {told}" for told in self.refused]
-        return "\n".join(notes)
+        if self.unread:
+            more = f" and {len(self.unread) - _SHOWN} more" if len(self.unread) > _SHOWN else ""
+            notes.append(f"not run by the example inputs, and not cut along: {', '.join(self.unread[:_SHOWN])}{more}")
+        return notes
 
     def __str__(self) -> str:
         console = Console(width=160, no_color=True, force_terminal=False)

@@ -18,7 +18,7 @@ class LayerWidths:
     """One weight of a linear layer or convolution.
 
     Attributes:
-        weight: full name of the parameter.
+        weight: full name of the parameter; of a weight that is computed, the name of what its layer computes.
         inputs, outputs: channels before.
         inputs_after, outputs_after: channels that stay.
         outputs_needed: channels that would stay with ``multiple=1``.

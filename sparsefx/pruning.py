@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparsefx.capture.arguments import split_arguments
+from sparsefx.capture.model_copy import copy_model
 from sparsefx.errors import NonFiniteError, OptionError, StateError
 from sparsefx.passes.channels.compose import compose
 from sparsefx.passes.channels.plan import ChannelPlan
@@ -53,7 +53,7 @@ def channel_plan(
     Raises:
         CaptureError: torch.export refuses the model.
         VerificationError: the model does not run in float64; or outputs differ, which is a bug in sparsefx.
-        StateError: the model is on the meta device, or sharded among processes.
+        StateError: the model is on the meta device, or sharded among processes, or holds what cannot be copied.
         NonFiniteError: a weight holds NaN or infinity.
         OptionError: ``multiple`` is neither "auto" nor a positive number.
     """
@@ -88,7 +88,7 @@ def apply_channel_plan(model: Model, plan: ChannelPlan) -> Model:
     """
     _expect(model, "apply_channel_plan")
     whole = _whole_plan(model, plan)
-    pruned = copy.deepcopy(model)
+    pruned = copy_model(model)
     carry_out(pruned, plan)
     pruned.__dict__[_KEY] = whole
     return pruned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,13 +14,13 @@ from sparsefx.errors import CaptureError, VerificationError
 from sparsefx.machine import machine_multiple
 from sparsefx.passes.channels.build import build_plan
 from sparsefx.passes.channels.carriers import choose_carriers
+from sparsefx.passes.channels.cut import cut
 from sparsefx.passes.channels.graph import ChannelGraph, capture_channels
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer, merge_reads
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.passes.channels.propagation import Propagation
 from sparsefx.passes.channels.solve import Solution
-from sparsefx.passes.channels.surgery import cut
 from sparsefx.passes.channels.trial import Failure, ShapeTrial, ValueTrial, runs_in
 from sparsefx.passes.channels.widths import holds, keep_groups, pattern_of, round_widths
 from sparsefx.passes.propagate_channels import propagate_channels
@@ -75,6 +75,7 @@ class ChannelPlanner:
         self._multiple = machine_multiple(device) if multiple == "auto" else int(multiple)
         progress("following channels")
         self._told: dict[str, str] = {}
+        self._unread: tuple[str, ...] = ()
         self._trains = trains
         self._graphs = self._captured(trains)
         self._modes = tuple(graph.training for graph in self._graphs)
@@ -105,6 +106,8 @@ class ChannelPlanner:
                 if trains:
                     raise
                 self._told["train mode"] = _unread_told(unread, error)
+            else:
+                self._unread = _owners(name for name in unread if name not in graphs[1].read())
         return graphs
 
     def shaped_plan(self) -> ChannelPlan:
@@ -244,6 +247,7 @@ class ChannelPlanner:
             unrounded=unrounded,
             multiple=self._multiple,
             refused=tuple(self._told.values()),
+            unread=self._unread,
             sized=lambda path: self._types.get(path) in self._sized,
         )
 
@@ -284,9 +288,14 @@ class ChannelPlanner:
         return changed
 
 
+def _owners(names: Iterable[str]) -> tuple[str, ...]:
+    """Modules that hold these parameters; those of the model itself by their own names."""
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+
+
 def _unread_told(unread: Sequence[str], error: CaptureError) -> str:
     """Which layers eval mode does not run, and that train mode could not be followed to cut them along."""
-    owners = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unread))
+    owners = _owners(unread)
     shown = ", ".join(owners[:3]) + (f" and {len(owners) - 3} more" if len(owners) > 3 else "")
     return (
         f"{shown}: eval mode does not run it, and the model cannot be captured in train mode to cut it along "

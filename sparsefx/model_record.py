@@ -88,6 +88,11 @@ def _watch(record: ModelRecord, parameter: nn.Parameter, sparse: SparseParameter
         record.watched.append((weakref.ref(parameter), weakref.ref(sparse)))
 
 
+def is_watch(hook: object) -> bool:
+    """Whether a hook of a parameter is one of those that `watch` registers."""
+    return isinstance(hook, _WarnUnattached)
+
+
 def forget(model: nn.Module) -> None:
     """Take away all that was put beside the model: records of parameters and of models, the hooks on loading,
     warnings, training kernels."""

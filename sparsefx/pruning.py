@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,9 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sparsefx.capture.arguments import split_arguments
+from sparsefx.capture.model_copy import copy_model
 from sparsefx.errors import NonFiniteError, OptionError, StateError
+from sparsefx.passes.channels.compose import compose
 from sparsefx.passes.channels.plan import ChannelPlan
-from sparsefx.passes.channels.surgery import carry_out
+from sparsefx.passes.channels.surgery import carry_out, check_fits
 from sparsefx.passes.prune_channels import ChannelPlanner
 from sparsefx.sharded_records import refuse_distributed
 from sparsefx.sparse_parameter import sparse_parameters
@@ -52,7 +53,7 @@ def channel_plan(
     Raises:
         CaptureError: torch.export refuses the model.
         VerificationError: the model does not run in float64; or outputs differ, which is a bug in sparsefx.
-        StateError: the model is on the meta device, or sharded among processes.
+        StateError: the model is on the meta device, or sharded among processes, or holds what cannot be copied.
         NonFiniteError: a weight holds NaN or infinity.
         OptionError: ``multiple`` is neither "auto" nor a positive number.
     """
@@ -82,12 +83,14 @@ def apply_channel_plan(model: Model, plan: ChannelPlan) -> Model:
     gets the same shapes: load the state_dict of the pruned model into it.
 
     Raises:
-        StateError: the plan does not fit the model, or the model is sharded among processes.
+        StateError: the plan does not fit the model, or the model is sharded among processes, or it was pruned before and
+            changed by hand since.
     """
     _expect(model, "apply_channel_plan")
-    pruned = copy.deepcopy(model)
+    whole = _whole_plan(model, plan)
+    pruned = copy_model(model)
     carry_out(pruned, plan)
-    pruned.__dict__[_KEY] = plan
+    pruned.__dict__[_KEY] = whole
     return pruned
 
 
@@ -108,15 +111,18 @@ def prune_channels_(
     Args:
         model: as for `channel_plan`. Its parameters are replaced: what else holds them (EMA copies, DDP) has to be made again.
         example_inputs: as for `channel_plan`.
-        optimizer: one or several that hold the parameters; parameters and their state are cut and stay in their groups.
+        optimizer: one or several that hold the parameters; parameters and their state are cut and stay in their groups. A bias
+            that is added joins the group of its weight where that has vectors too, else the nearest group with vectors.
         multiple, seed: as for `channel_plan`.
 
     Returns:
         The plan that was carried out.
 
     Raises:
-        StateError: a MaskRuntime follows the model; detach it first, and attach it again afterwards.
-        OptimizerError: an optimizer keeps state that cannot be cut along.
+        StateError: a MaskRuntime follows the model; detach it first, and attach it again afterwards. Or the model was pruned
+            before and changed by hand since. Or a parameter that would be replaced has hooks.
+        OptimizerError: an optimizer keeps state that cannot be cut along, or lists of parameters beside its groups; or a bias has
+            to be added that it does not take.
         And what `channel_plan` raises.
     """
     _expect(model, "prune_channels_", multiple)
@@ -128,13 +134,17 @@ def prune_channels_(
             )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     plan = channel_plan(model, example_inputs, multiple=multiple, trains=bool(optimizers), seed=seed)
+    whole = _whole_plan(model, plan)
     carry_out(model, plan, optimizers)
-    model.__dict__[_KEY] = plan
+    model.__dict__[_KEY] = whole
     return plan
 
 
 def channel_plan_of(model: nn.Module) -> ChannelPlan:
     """The plan that a pruned model was cut by.
+
+    Of a model that was pruned several times it is one plan for all of it, from the model before the first time; its report is
+    that of the last time that anything was cut.
 
     Raises:
         StateError: the model was not pruned by sparsefx.
@@ -143,6 +153,16 @@ def channel_plan_of(model: nn.Module) -> ChannelPlan:
     if not isinstance(plan, ChannelPlan):
         raise StateError(f"{type(model).__name__} was not pruned by sparsefx.prune_channels; there is no plan of its channels")
     return plan
+
+
+def _whole_plan(model: nn.Module, plan: ChannelPlan) -> ChannelPlan:
+    """The plan that leads from the unpruned model to what this one will be once ``plan`` is carried out on it."""
+    check_fits(model, plan)
+    before = model.__dict__.get(_KEY)
+    if not isinstance(before, ChannelPlan):
+        return plan
+    tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    return compose(before, plan, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
 def _expect(model: object, caller: str, multiple: int | str = "auto") -> None:

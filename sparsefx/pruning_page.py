@@ -25,10 +25,8 @@ def pruning_parts(report: PruningReport, speed: PruningSpeed | None = None) -> I
         ]
     )
     yield section("Speed", *speed_lines(report, speed))
-    added = [f"bias added: {name} [{length}]" for name, length in report.new_biases.items()]
-    stays = [f"stays whole: {told}" for told in report.refused]
-    if added or stays:
-        yield section("Added, and kept whole", bullets([*added, *stays]))
+    if notes := report.notes():
+        yield section("Added, kept whole, and not run", bullets(notes))
     yield section("Widths", width_table(report))
 
 

@@ -131,6 +131,25 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused_and_nothing_changes()
     assert model.body.out_channels == 32
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_parameter_with_hooks_is_not_replaced(register: str) -> None:
+    calls: list[Tensor] = []
+    model, x = Small(), _image()
+    handle = getattr(model.body.weight, register)(calls.append)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StateError, match=r"body\.weight would be replaced .* has hooks"):
+        sparsefx.prune_channels_(model, x, torch.optim.SGD(model.parameters(), lr=0.1), multiple=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.stem.out_channels == 32
+    assert sparsefx.prune_channels(model, x, multiple=1).stem.out_channels == 22, "a copy has no hooks"
+    model(x).sum().backward()
+    assert len(calls) == 1
+    handle.remove()
+    model.head.bias.register_hook(lambda given: None)  # stays as it is
+    sparsefx.prune_channels_(model, x, multiple=1)
+    assert model.stem.out_channels == 22
+
+
 def test_widths_are_rounded_up_and_both_are_reported() -> None:
     plan = sparsefx.channel_plan(Small().eval(), _image(), multiple=8)
     stem = plan.report.layers[0]

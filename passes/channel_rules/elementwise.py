@@ -278,6 +278,12 @@ def dropout(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) 
     return value.with_constant(np.where(value.constant == 0, 0.0, np.nan))
 
 
+def alpha_dropout(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
+    """In train mode zero does not stay zero either: dropped elements get the negative limit of SELU, and all are rescaled."""
+    value = propagation.value(next(iter(arguments.values())))
+    return value.forgotten() if arguments["train"] and arguments["p"] != 0 else value
+
+
 def like(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """A new tensor in the shape of another: it follows that one's channels."""
     value = propagation.value(next(iter(arguments.values())))
@@ -326,7 +332,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_NAMES, elementwise),
     **dict.fromkeys(("alias", "detach", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "resolve_conj"), identity),
     **dict.fromkeys(("to", "_to_copy", "type_as", "float", "half", "double"), cast),
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "native_dropout_eval"), dropout),
+    **dict.fromkeys(("dropout", "feature_dropout", "native_dropout_eval"), dropout),
+    "alpha_dropout": alpha_dropout,
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "zero", "fill"), like),
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), filled),
     **dict.fromkeys(("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size"), nothing),

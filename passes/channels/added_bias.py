@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from sparsefx.capture.model_copy import copy_model
 from sparsefx.layers import runs_own_forward
 
 
@@ -25,7 +25,7 @@ def takes_a_bias(layer: nn.Linear | nn.modules.conv._ConvNd) -> bool:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     try:
-        trial = copy.deepcopy(layer).to("cpu", torch.float64).eval()
+        trial = copy_model(layer).to("cpu", torch.float64).eval()
         forward: Callable[..., Tensor] = type(trial).forward  # without the user's hooks
         if isinstance(trial, nn.Linear):
             bias, given, places = draw(trial.out_features), draw(2, trial.in_features), []

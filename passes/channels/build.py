@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sparsefx.passes.channel_rules.products import matrix, weighted
 from sparsefx.passes.channels.attributes import changed_attributes, changed_sizes
 from sparsefx.passes.channels.carriers import carrier, input_groups, lost_constants
+from sparsefx.passes.channels.computed import computed_weights
 from sparsefx.passes.channels.facts import Facts, Heads, Split
 from sparsefx.passes.channels.labels import Integers
 from sparsefx.passes.channels.merge import Layer
@@ -32,6 +34,7 @@ def build_plan(
     unrounded: Solution,
     multiple: int,
     refused: tuple[str, ...],
+    unread: tuple[str, ...],
     sized: Callable[[str], bool],
 ) -> ChannelPlan:
     """The plan of a solution.
@@ -43,6 +46,7 @@ def build_plan(
         unrounded: which would stay without rounding widths up.
         multiple: that widths were rounded to.
         refused: groups that had to be kept whole, in words.
+        unread: layers that no graph reads.
         sized: whether the module of this path has to be given the sizes of the parts that it takes.
     """
     tensors = {**dict(model.named_buffers()), **dict(model.named_parameters())}
@@ -63,7 +67,8 @@ def build_plan(
     attributes = (
         (*changed_attributes(model, tensors, after, groups, normalized, heads), *changed_sizes(model, splits)) if kept else ()
     )
-    report = _report(model, facts, layers, solution, unrounded, after, new_biases, moved, multiple, refused)
+    report = _report(model, facts, layers, solution, unrounded, after, new_biases, moved, multiple)
+    report = replace(report, refused=refused, unread=unread)
     return ChannelPlan(kept, shapes, new_biases, moved, attributes, report)
 
 
@@ -164,16 +169,19 @@ def _report(
     new_biases: dict[str, int],
     moved: dict[str, tuple[Tensor, Tensor]],
     multiple: int,
-    refused: tuple[str, ...],
 ) -> PruningReport:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    places: dict[str, int] = {}
-    for name, number in facts.work:
-        places[name] = places.get(name, 0) + number
+    places = _places(facts)
     by_name = {layer.read.weight.name: layer for layer in layers}
     reasons = Reasons(facts, layers, solution, unrounded)
     rows, nonzero = [], 0
-    for name, number in places.items():
+    computed = computed_weights(model, [name for name, is_computed in places if is_computed])
+    for (name, is_computed), number in places.items():
+        if is_computed:
+            if name in computed:
+                rows.append(_computed_row(model, name, *computed[name], number))
+                nonzero += number * int(torch.count_nonzero(computed[name][0]))
+            continue
         tensor = model.get_parameter(name) if name in sizes else model.get_buffer(name)
         size, left = tensor.numel(), math.prod(after[name])
         nonzero += number * int(torch.count_nonzero(tensor.detach()))
@@ -208,7 +216,41 @@ def _report(
         operations_after=sum(row.operations_after for row in rows),
         new_biases=new_biases,
         moved=tuple(moved),
-        refused=refused,
+        refused=(),
         multiple=multiple,
         operations_nonzero=nonzero,
+    )
+
+
+def _places(facts: Facts) -> dict[tuple[str, bool], int]:
+    """Places of all calls of each weight, computed ones apart: in eval mode, or in train mode where eval mode has none."""
+    evaluated = {(work.weight, work.computed) for work in facts.work if not work.training}
+    places: dict[tuple[str, bool], int] = {}
+    for work in facts.work:
+        key = (work.weight, work.computed)
+        if not work.training or key not in evaluated:
+            places[key] = places.get(key, 0) + work.places
+    return places
+
+
+def _computed_row(model: nn.Module, name: str, weight: Tensor, why: str, places: int) -> LayerWidths:
+    """The row of a weight that is no parameter: it stays as it is."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    transposed, groups = isinstance(layer, nn.modules.conv._ConvTransposeNd), int(getattr(layer, "groups", 1))
+    by_group = weight.unflatten(0, (groups, -1))  # [groups, K / groups, C / groups, ...], transposed the other way round
+    by_output = (by_group.transpose(1, 2) if transposed else by_group).flatten(0, 1).flatten(1)
+    outputs = len(by_output)
+    inputs = weight.shape[0] if transposed else weight.shape[1] * groups
+    return LayerWidths(
+        weight=name,
+        inputs=inputs,
+        outputs=outputs,
+        inputs_after=inputs,
+        outputs_after=outputs,
+        outputs_needed=outputs,
+        empty=int((by_output == 0).all(dim=1).sum()),
+        folded=0,
+        operations=weight.numel() * places,
+        operations_after=weight.numel() * places,
+        pinned=why,
     )

@@ -105,6 +105,23 @@ class Split:
     parts: tuple[Integers, ...]
 
 
+@dataclass(frozen=True)
+class Work:
+    """A product with a weight.
+
+    Attributes:
+        weight: its name; where it is computed, ``weight`` in the module that was running, which need not have such a one.
+        places: number of places that each of its values is multiplied at.
+        training: whether this was seen in train mode.
+        computed: whether it is no parameter or buffer.
+    """
+
+    weight: str
+    places: int
+    training: bool
+    computed: bool = False
+
+
 @dataclass
 class Facts:
     """Everything the solver needs, in the order of the graph."""
@@ -115,8 +132,8 @@ class Facts:
     pins: list[Pin] = field(default_factory=list)
     views: list[tuple[str, Integers]] = field(default_factory=list)
     """Module path and labels of each change of shape on channels, where code may hold their number."""
-    work: list[tuple[str, int]] = field(default_factory=list)
-    """Weight and number of places that it is multiplied at, for every call."""
+    work: list[Work] = field(default_factory=list)
+    """Products with weights, one for every call."""
     axes: dict[tuple[str, int], Integers] = field(default_factory=dict)
     """Label of each index of an axis of a parameter or buffer."""
     elements: dict[str, Integers] = field(default_factory=dict)

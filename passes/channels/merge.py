@@ -131,9 +131,19 @@ def _fold(model: nn.Module, propagation: Propagation, reads: list[Read]) -> Fold
     owner = model.get_submodule(path)
     if not isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) or local_name != "weight":
         return None
+    # Elsewhere nobody adds a bias that the module holds: `F.linear(x, layer.weight)` in one of the modes, or a tied layer.
+    if not all(_is_at(model, where, owner) for where in {read.where for read in reads}):
+        return None
     if owner._parameters.get("bias", first) is None and _alone(propagation, first.weight.name, reads) and takes_a_bias(owner):
         return Fold(f"{path}.bias" if path else "bias", 1, True)
     return None
+
+
+def _is_at(model: nn.Module, path: str, owner: nn.Module) -> bool:
+    try:
+        return model.get_submodule(path) is owner
+    except AttributeError:  # a module that forward made itself
+        return False
 
 
 def _alone(propagation: Propagation, name: str, reads: list[Read]) -> bool:

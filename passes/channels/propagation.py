@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from sparsefx.passes.channels.facts import Blocks, Facts, Grid, Pin, Read
+from sparsefx.passes.channels.facts import Blocks, Facts, Grid, Pin, Read, Work
 from sparsefx.passes.channels.graph import VIEWS, ChannelGraph, module_path, op_name
 from sparsefx.passes.channels.labels import PINNED, Integers, Labels
 from sparsefx.passes.channels.value import Value, Weight, nothing_known
@@ -67,7 +67,9 @@ class Propagation:
         rule = self._rules.get(op_name(node)) or self._rules.get(op_name(node).removesuffix("_"))
         if rule is None:
             return self.refuse(node, "has no rule")
-        made = rule(self, node, self.arguments(node))
+        arguments = self.arguments(node)
+        self._note_computed(node, arguments)
+        made = rule(self, node, arguments)
         return tree_map(_zeros_of, made) if self._only_zeros else made
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
@@ -219,13 +221,28 @@ class Propagation:
         if places is None:
             self.count(node, read.weight, len(read.out))
         else:
-            self.facts.work.append((read.weight.name, places))
+            self.facts.work.append(Work(read.weight.name, places, self.training))
 
     def count(self, node: fx.Node, weight: Weight, outputs: int) -> None:
         """Note how often a call multiplies by each value of its weight."""
+        self.facts.work.append(Work(weight.name, self._places(node, outputs), self.training))
+
+    def _places(self, node: fx.Node, outputs: int) -> int:
         made = node.meta["val"]
-        made = made[0] if isinstance(made, (tuple, list)) else made
-        self.facts.work.append((weight.name, max(1, math.prod(int(size) for size in made.shape) // outputs)))
+        made, channels = (made[0] if isinstance(made, (tuple, list)) else made), outputs
+        if op_name(node).startswith("conv_transpose") or self.arguments(node).get("transposed"):
+            # Each place of the input is multiplied by the whole weight; strides make more places than that of the output.
+            made = node.all_input_nodes[0].meta["val"]
+            channels = int(made.shape[1])
+        return max(1, math.prod(int(size) for size in made.shape) // channels)
+
+    def _note_computed(self, node: fx.Node, arguments: Mapping[str, Any]) -> None:
+        """Note a product with a weight that is no parameter, by the name that the module running it would have for it."""
+        linear = op_name(node) == "linear"
+        if (linear or op_name(node).startswith("conv")) and isinstance(weight := arguments.get("weight"), Value):
+            outputs = weight.shape[0] if linear else shape_of(node)[1]
+            name = f"{module_path(node)}.weight".removeprefix(".")
+            self.facts.work.append(Work(name, self._places(node, outputs), self.training, computed=True))
 
     def _shift_behind(self, node: fx.Node) -> str:
         readers = list(node.users)

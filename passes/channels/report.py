@@ -10,19 +10,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_SHOWN = 8
+
 
 @dataclass(frozen=True)
 class LayerWidths:
     """One weight of a linear layer or convolution.
 
     Attributes:
-        weight: full name of the parameter.
+        weight: full name of the parameter; of a weight that is computed, the name of what its layer computes.
         inputs, outputs: channels before.
         inputs_after, outputs_after: channels that stay.
         outputs_needed: channels that would stay with ``multiple=1``.
         empty: outputs whose weights were all zero before.
         folded: constant inputs that went into a bias, a running mean or another channel.
-        operations, operations_after: multiply-adds of all calls in one forward pass of the example inputs.
+        operations, operations_after: multiply-adds of all calls in one forward pass of the example inputs in eval mode; in train
+            mode, of weights that eval mode does not read.
         pinned: why some of its outputs have to stay whoever reads them; empty where nothing but readers keeps them.
         coupled: why empty outputs stay that nothing pins: who reads what they go with, or what has to be equally large.
     """
@@ -53,7 +56,8 @@ class PruningReport:
     Attributes:
         layers: one row for each weight, in order of execution.
         parameters, parameters_after: values in all parameters of the model.
-        operations, operations_after: multiply-adds of linear layers and convolutions in one forward pass of the example inputs.
+        operations, operations_after: multiply-adds of linear layers and convolutions in one forward pass of the example inputs,
+            as in the rows.
         new_biases: biases that were added, with their length.
         moved: parameters and buffers that constants were folded into.
         refused: groups of channels that the model's own code holds the number of, with what happened without them.
@@ -61,6 +65,8 @@ class PruningReport:
         difference: largest difference of an output in float64 between the model before and after, relative to that output's
             largest value; None where it was not compared yet.
         operations_nonzero: of the multiply-adds before, those by weights other than zero.
+        unread: layers with parameters that no run of the example inputs reads, in eval mode or in train mode: they were not cut
+            along, and may not fit any more what they read.
     """
 
     layers: tuple[LayerWidths, ...]
@@ -74,6 +80,7 @@ class PruningReport:
     multiple: int
     difference: float | None = None
     operations_nonzero: int = 0
+    unread: tuple[str, ...] = ()
 
     @property
     def density_bound(self) -> float:
@@ -106,11 +113,12 @@ class PruningReport:
     def from_dict(data: Mapping[str, Any]) -> PruningReport:
         """The report that `as_dict` described."""
         rows = tuple(LayerWidths(**row) for row in data["layers"])
-        return PruningReport(**{**data, "layers": rows, "moved": tuple(data["moved"]), "refused": tuple(data["refused"])})
+        lists = {name: tuple(data.get(name, ())) for name in ("moved", "refused", "unread")}
+        return PruningReport(**{**data, **lists, "layers": rows})
 
     def __rich__(self) -> Table:
         """A table for the terminal."""
-        table = Table(title=self.summary(), title_justify="left", caption=self._notes() or None, caption_justify="left")
+        table = Table(title=self.summary(), title_justify="left", caption="\n".join(self.notes()) or None, caption_justify="left")
         for name, justify in (
             ("weight", "left"),
             ("inputs", "right"),
@@ -144,10 +152,14 @@ class PruningReport:
             f"({_share(self.operations, self.operations_after)}), widths in steps of {self.multiple}{compared}"
         )
 
-    def _notes(self) -> str:
+    def notes(self) -> list[str]:
+        """What stands in no row, a line each: biases that were added, what stays whole, and what was not run."""
         notes = [f"bias added: {name} [{length}]" for name, length in self.new_biases.items()]
         notes += [f"stays whole: {told}" for told in self.refused]
-        return "\n".join(notes)
+        if self.unread:
+            more = f" and {len(self.unread) - _SHOWN} more" if len(self.unread) > _SHOWN else ""
+            notes.append(f"not run by the example inputs, and not cut along: {', '.join(self.unread[:_SHOWN])}{more}")
+        return notes
 
     def __str__(self) -> str:
         console = Console(width=160, no_color=True, force_terminal=False)

@@ -12,29 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsefx.dormant_values import compact_of
-from sparsefx.errors import OptimizerError, StateError
-from sparsefx.model_record import model_records, watch
+from sparsefx.errors import StateError
+from sparsefx.model_record import is_watch, model_records, watch
+from sparsefx.passes.channels.cut import cut
+from sparsefx.passes.channels.optimizers import Cut, OptimizersFollow
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.sparse_parameter import records_of
-
-
-def cut(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
-    """What stays of a tensor.
-
-    Args:
-        tensor: of the shape before.
-        axes: indices by axis; for the input axis of a grouped convolution one row of indices for each group that stays.
-    """
-    for axis, indices in sorted(axes.items()):
-        indices = indices.to(tensor.device)
-        if indices.dim() == 1:
-            tensor = tensor.index_select(axis, indices)
-        else:
-            # Outputs were cut before: each group has equally many left, and takes inputs of its own.
-            by_row = indices.repeat_interleave(tensor.shape[0] // len(indices), dim=0)
-            by_row = by_row.view(*by_row.shape, *(1,) * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
-            tensor = tensor.gather(axis, by_row)
-    return tensor
 
 
 def check_fits(model: nn.Module, plan: ChannelPlan) -> None:
@@ -62,8 +45,8 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
     """Cut ``model`` in place, and the state of the optimizers that hold its parameters.
 
     Raises:
-        StateError: the plan does not fit the model.
-        OptimizerError: the optimizer's state of a parameter cannot be cut with it.
+        StateError: the plan does not fit the model, or a parameter that would be replaced has hooks.
+        OptimizerError: an optimizer keeps something that cannot be cut along, or takes no bias.
     """
     check_fits(model, plan)
     if plan.empty:
@@ -72,8 +55,9 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
     named = {id(tensor): name for name, tensor in tensors.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     new = {name: _cut_parameter(tensors[name], plan, name) for name in plan.kept.keys() | plan.moved.keys() if name in tensors}
-    for optimizer in optimizers:
-        _check_state(optimizer, named, plan, shapes)
+    _check_hooks([tensors[name] for name in new], named)
+    added = _new_biases(model, plan)
+    following = OptimizersFollow(optimizers, Cut(plan, named, shapes, new, added))
     for module in model.modules():
         every: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for slots in every:
@@ -85,15 +69,33 @@ def carry_out(model: nn.Module, plan: ChannelPlan, optimizers: Sequence[Optimize
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()  # its own list of its parameters
-    added = _add_biases(model, plan)
+    for name, bias in added.items():
+        path, _, local_name = name.rpartition(".")
+        model.get_submodule(path)._parameters[local_name] = bias
     for attribute in plan.attributes:
         module = model.get_submodule(attribute.module)
         # In a file lists and tuples are the same.
         was_list = isinstance(getattr(module, attribute.name, None), list)
         setattr(module, attribute.name, list(attribute.after) if was_list else attribute.after)
     _refresh_records(model)
-    for optimizer in optimizers:
-        _follow(optimizer, named, new, added, plan)
+    following.carry_out()
+
+
+def _check_hooks(replaced: Sequence[Tensor], named: Mapping[int, str]) -> None:
+    """Hooks hold what they were written for, often the parameter or its shape: no other parameter can take them over."""
+    hooked = [named[id(tensor)] for tensor in replaced if any(not is_watch(hook) for hook in _hooks_of(tensor))]
+    if hooked:
+        shown = ", ".join(sorted(hooked)[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
+        raise StateError(
+            f"{shown} would be replaced by smaller parameters, and {'has' if len(hooked) == 1 else 'have'} hooks "
+            "(register_hook or register_post_accumulate_grad_hook), which would be lost. Remove them, prune, and register them "
+            "on the new parameters"
+        )
+
+
+def _hooks_of(tensor: Tensor) -> list[Any]:
+    every = (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+    return [hook for hooks in every for hook in (hooks or {}).values()]
 
 
 def _cut_parameter(tensor: Tensor, plan: ChannelPlan, name: str) -> Tensor:
@@ -147,61 +149,11 @@ def _scaled(flops: int | None, before: tuple[int, ...], after: tuple[int, ...]) 
     return None if flops is None else flops * math.prod(after) // max(1, math.prod(before))
 
 
-def _add_biases(model: nn.Module, plan: ChannelPlan) -> dict[str, nn.Parameter]:
+def _new_biases(model: nn.Module, plan: ChannelPlan) -> dict[str, nn.Parameter]:
     added: dict[str, nn.Parameter] = {}
     for name in plan.new_biases:
-        path, _, local_name = name.rpartition(".")
-        module = model.get_submodule(path)
-        weight = module._parameters["weight"]
+        weight = model.get_submodule(name.rpartition(".")[0])._parameters["weight"]
         assert weight is not None
         _, values = plan.moved[name]
-        bias = nn.Parameter(values.to(dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad)
-        module._parameters[local_name] = bias
-        added[name] = bias
+        added[name] = nn.Parameter(values.to(dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad)
     return added
-
-
-def _check_state(
-    optimizer: Optimizer, named: Mapping[int, str], plan: ChannelPlan, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    for parameter, state in optimizer.state.items():
-        name = named.get(id(parameter), "")
-        if name not in plan.kept:
-            continue
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) != shapes[name]:
-                raise OptimizerError(
-                    f"{type(optimizer).__name__} keeps {key!r} of shape {list(value.shape)} for {name!r} of shape "
-                    f"{list(shapes[name])}: it cannot be cut along. Prune without the optimizer, and make a new one"
-                )
-
-
-def _follow(
-    optimizer: Optimizer,
-    named: Mapping[int, str],
-    new: Mapping[str, Tensor],
-    added: Mapping[str, nn.Parameter],
-    plan: ChannelPlan,
-) -> None:
-    """Put the cut parameters in the place of the old ones; an added bias joins the group of its weight."""
-    biases = {name.rpartition(".")[0]: bias for name, bias in added.items()}
-    state: dict[Any, Any] = dict(optimizer.state)
-    for group in optimizer.param_groups:
-        followed: list[Any] = []
-        for parameter in group["params"]:
-            name = named.get(id(parameter), "")
-            replacement = new.get(name, parameter)
-            if replacement is not parameter:
-                old = state.pop(parameter, None)
-                if old is not None:
-                    optimizer.state.pop(parameter)
-                    axes = plan.kept.get(name, {})
-                    optimizer.state[replacement] = {
-                        key: cut(value, axes) if isinstance(value, Tensor) and value.dim() > 0 else value
-                        for key, value in old.items()
-                    }
-            followed.append(replacement)
-            path, _, local_name = name.rpartition(".")
-            if local_name == "weight" and path in biases:
-                followed.append(biases[path])
-        group["params"] = followed

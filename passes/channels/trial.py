@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsefx.capture.arguments import copies
+from sparsefx.capture.model_copy import copy_model
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import VerificationError
 from sparsefx.passes.channels.other_sizes import other_batch, other_sizes
@@ -37,12 +37,12 @@ class Failure:
 
 
 def copy_with(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of the modules in which each parameter and buffer is what ``change`` makes of it."""
+    """A copy of the modules in which each parameter and buffer is what ``change`` makes of it; see `copy_model`."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         made = change(tensor.detach())
         memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    return copy.deepcopy(model, memo)
+    return copy_model(model, memo)
 
 
 def runs_in(model: nn.Module, arguments: Arguments, *, training: bool) -> bool:

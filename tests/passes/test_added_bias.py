@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sparsefx
 from sparsefx.passes.channels.added_bias import takes_a_bias
 from tests.channel_pruning import IMAGE, empty, filled, pruned
 
@@ -62,3 +63,31 @@ def test_constants_become_the_bias_of_a_library_s_own_layer(kind: type[nn.Linear
     small, plan = pruned(filled(model), torch.randn(IMAGE))
     assert small.get_submodule("0").out_channels == left
     assert dict(plan.new_biases) == ({"4.bias": 4} if kind is Own else {})
+
+
+class InOneMode(nn.Module):
+    """Reads the weight of a layer in train mode, in eval mode or in both without calling the layer."""
+
+    def __init__(self, modes: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.modes = modes
+        self.first, self.bare, self.last = nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(self.first(x))
+        x = F.linear(x, self.bare.weight) if self.training in self.modes else self.bare(x)
+        made: Tensor = self.last(torch.relu(x))
+        return made
+
+
+@pytest.mark.parametrize(("modes", "left"), [((), 6), ((True,), 8), ((False,), 8), ((False, True), 8)])
+def test_no_bias_is_added_that_one_of_the_modes_does_not_read(modes: tuple[bool, ...], left: int) -> None:
+    model, x = InOneMode(modes), torch.randn(4, 8)
+    empty(model.first.weight, 1, 5)
+    expected = [model.train(training)(x).detach() for training in (False, True)]
+    plan = sparsefx.prune_channels_(model, x, torch.optim.SGD(model.parameters(), lr=0.1), multiple=1)
+    for training in (False, True):
+        torch.testing.assert_close(model.train(training)(x), expected[training])
+    assert model.first.out_features == left
+    assert dict(plan.new_biases) == ({} if modes else {"bare.bias": 8})
+    assert plan.report.refused == ()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsefx
+from sparsefx.passes.channels.report import PruningReport
+from sparsefx.pruning_page import pruning_page
 from tests.channel_pruning import IMAGE, Around, empty, filled, pruned, widths
 
 
@@ -93,3 +97,37 @@ def test_inputs_that_make_one_batch_do_not_keep_the_layer_that_reads_them() -> N
     assert plan.report.refused == ()
     assert small.get_submodule("first").out_channels == 4
     torch.testing.assert_close(small(*images), model(*images), rtol=1e-5, atol=1e-6)
+
+
+class Tasks(nn.Module):
+    """One head for each task, and one that is for training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 6)
+        self.heads = nn.ModuleList(nn.Linear(6, 3) for _ in range(3))
+        self.auxiliary = nn.Linear(6, 2)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, task: int = 0) -> Tensor:
+        x = torch.relu(self.stem(x))
+        made: Tensor = self.heads[task](x)
+        return made + self.auxiliary(x).sum() if self.training else made
+
+
+def test_layers_that_no_run_reads_are_named() -> None:
+    model = Tasks().eval()
+    empty(model.stem.weight, 1, 2)
+    report = sparsefx.channel_plan(model, (torch.randn(4, 8), 1), multiple=1).report
+    assert report.layers[0].outputs_after == 4
+    assert report.unread == ("scale", "heads.0", "heads.2")
+    assert report.refused == ()
+    assert "not run by the example inputs, and not cut along: scale, heads.0, heads.2" in str(report)
+    assert "not cut along: scale, heads.0, heads.2" in pruning_page(report, "tasks")
+    assert PruningReport.from_dict(json.loads(report.to_json())) == report
+
+
+def test_a_model_that_is_read_throughout_has_no_such_layers() -> None:
+    report = sparsefx.channel_plan(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)).eval(), torch.randn(4, 8), multiple=1).report
+    assert report.unread == ()
+    assert report.notes() == []

@@ -8,7 +8,7 @@ import numpy as np
 
 from sparsefx.passes.channels.carriers import carrier, input_groups, lost_constants
 from sparsefx.passes.channels.facts import Facts
-from sparsefx.passes.channels.labels import Integers
+from sparsefx.passes.channels.labels import PINNED, Integers
 from sparsefx.passes.channels.merge import Layer
 from sparsefx.passes.channels.solve import Solution, reading
 
@@ -25,23 +25,25 @@ class Reasons:
     def __init__(self, facts: Facts, layers: list[Layer], solution: Solution, unrounded: Solution) -> None:
         self._solution = solution
         self._unrounded = unrounded
-        self._pinned: dict[int, str] = {}
-        for pin in facts.pins:
-            for label in np.unique(solution.roots[pin.labels]).tolist():
-                if label and label not in self._pinned:
-                    self._pinned[label] = f"{pin.reason} ({pin.where})" if pin.where else pin.reason
+        self._pins = facts.pins
+        # Of each class the first pin that was met; -1 where there is none.
+        self._pinned = np.full(len(solution.roots), -1, dtype=np.int64)
+        for number in range(len(facts.pins) - 1, -1, -1):
+            self._pinned[solution.roots[facts.pins[number].labels]] = number
+        self._pinned[PINNED] = -1
         self._reader = _readers(layers, solution)
         self._carriers = set(_carriers(layers, solution))
         self._names = [layer.read.where or layer.read.weight.name for layer in layers]
 
     def pinned(self, classes: Integers) -> str:
         """Why some of these classes have to stay whoever reads them: the first reason that was met for each."""
-        return "; ".join(sorted({self._pinned[label] for label in classes.tolist() if label in self._pinned}))
+        met = [self._pins[number] for number in np.unique(self._pinned[classes]).tolist() if number >= 0]
+        return "; ".join(sorted({f"{pin.reason} ({pin.where})" if pin.where else pin.reason for pin in met}))
 
     def coupled(self, classes: Integers) -> str:
         """Why some of these classes stay though nothing pins them."""
-        staying = [label for label in np.unique(classes[self._solution.stays[classes]]).tolist() if label not in self._pinned]
-        return "; ".join(sorted({self._coupled(label) for label in staying if label}))
+        staying = np.unique(classes[self._solution.stays[classes] & (self._pinned[classes] < 0)]).tolist()
+        return "; ".join(sorted({self._coupled(label) for label in staying if label != PINNED}))
 
     def _coupled(self, label: int) -> str:
         if not self._unrounded.stays[label]:

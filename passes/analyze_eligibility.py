@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsefx.capture import capture
 from sparsefx.capture.arguments import split_arguments
 from sparsefx.capture.state import unchanged
+from sparsefx.capture.uses import VIEWS
 from sparsefx.errors import OptionError
 from sparsefx.passes.couple_channels import couple_channels
 from sparsefx.passes.eligibility import Candidate, Eligibility
@@ -264,8 +265,10 @@ def _overlaps(model: nn.Module) -> dict[int, str]:
 
 
 def _unseen(program: Program, weights: list[LayerWeight]) -> tuple[str, ...]:
-    """Parameters that look like weights, of layers that are in no table, and that no call was seen to read."""
-    known = set(program.call_sites) | {weight.full_name for weight in weights}
+    """Parameters that look like weights, of layers that are in no table, and that no call was seen to read, or only as a copy in
+    another order, of which it is lost which axis is which."""
+    lost = {name for name, sites in program.call_sites.items() if all(site.op in VIEWS for site in sites)}
+    known = set(program.call_sites) - lost | {weight.full_name for weight in weights}
     computed = tuple(weight.full_name.rpartition(".")[0] + "." for weight in weights if weight.parameter is None)
     modules = dict(program.model.named_modules(remove_duplicate=False))
     parameters = dict(program.model.named_parameters())

@@ -341,7 +341,11 @@ def audit(
     """
     _expect_module(model, "audit")
     refuse_distributed(model, "audit")
-    own = [record for module, record in model_records(model) if module is model]
+    records = list(model_records(model))
+    inside = {id(parameter) for parameter in records[0][0].parameters()} if len(records) == 1 else set()
+    if records and records[0][0] is not model and {id(parameter) for parameter in model.parameters()} == inside:
+        return audit(records[0][0])  # of a wrapper: torch.compile, DataParallel, Sequential
+    own = [record for module, record in records if module is model]
     if own:
         record = own[0]
         current = {name: masked for name, _, masked in sparse_parameters(model)}

@@ -20,6 +20,9 @@ def live_row(layer: LayerReport, weight: Tensor, record: SparseParameter | None)
     """The decision stored at sparsify, with density and empty channels as they are now."""
     if weight.is_meta:
         return layer
+    if weight.shape != layer.shape:
+        row = replace(layer, shape=tuple(weight.shape), sparse=True, reason="was replaced since the model was sparsified")
+        return live_row(replace(row, flops=None), weight, record)
     empty = empty_channels(weight.detach(), layer.reduction_axis)
     if record is None:
         reason = layer.reason or "was finalized: its zeros are baked in, and nothing keeps them"

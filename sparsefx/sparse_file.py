@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -150,6 +151,7 @@ def _plan(model: nn.Module, content: Content, name: str, *, masks: bool, strict:
     if meta:
         raise StateError(f"{meta[0]} is on the meta device; give the model memory first: model.to_empty(device='cpu')")
     state = {key: content.state[key] for key in common}
+    _expect_ties(model, content, name)
     own = {key: record for key, _, record in sparse_parameters(model)}
     saved = {key: value for key, value in content.parameters.items() if key in state} if masks else {}
     if saved and own:
@@ -157,6 +159,25 @@ def _plan(model: nn.Module, content: Content, name: str, *, masks: bool, strict:
         saved = {key: value for key, value in saved.items() if key in own}
     models = content.models if saved and not own else []
     return Plan.of(model, state, saved, models, content.tensors, missing, unexpected)
+
+
+def _expect_ties(model: nn.Module, content: Content, name: str) -> None:
+    """Names that are one tensor in the model need one value and one mask in the file."""
+    first: dict[int, str] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or key not in content.state:
+            continue
+        other = first.setdefault(id(tensor), key)
+        if other == key:
+            continue
+        one, two = content.parameters.get(other), content.parameters.get(key)
+        masks = [saved.mask for saved in (one, two) if saved is not None]
+        same = torch.equal(content.state[other], content.state[key]) and (len(masks) < 2 or torch.equal(*masks))
+        if not same:
+            raise OptionError(
+                f"{other} and {key} are one tensor in the model, but {name} has different values for them; load it into a model "
+                "in which they are not tied, as it was saved from"
+            )
 
 
 def _expect_same_patterns(own: dict[str, SparseParameter], saved: dict[str, str], name: str, strict: bool) -> None:

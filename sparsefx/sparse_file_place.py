@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsefx import checkpoint
 from sparsefx.dormant_values import compact_of
-from sparsefx.errors import OptionError
+from sparsefx.errors import OptionError, StateError
 from sparsefx.model_record import ModelRecord, forget, set_model_record
 from sparsefx.runtime import MaskRuntime
 from sparsefx.sparse_file_content import algorithm_of, model_record_of, pattern_of
@@ -54,7 +54,10 @@ class Plan:
         """Make the records that a dense model is to get. Raises StateError where the file names what is not known here."""
         new: dict[str, SparseParameter] = {}
         if models:
+            own = dict(model.named_parameters(remove_duplicate=False))
             for name, saved in parameters.items():
+                if name not in own:
+                    raise StateError(f"the file has a mask for {name}, which is a buffer here; expected a parameter")
                 weight = model.get_parameter(name).detach()
                 mask = torch.empty_like(weight, dtype=torch.bool).copy_(saved.mask)
                 new[name] = SparseParameter(

@@ -27,7 +27,8 @@ def step_densities(density: float, filters: Sequence[int], weights: Sequence[int
     Raises:
         OptionError: one step of each layer is more than ``density``; nothing gets faster below a step.
     """
-    budget = density * sum(count * size for count, size in zip(filters, weights, strict=True))
+    # A product of floats may fall below the whole number that was meant.
+    budget = density * sum(count * size for count, size in zip(filters, weights, strict=True)) * (1 + 1e-12)
     least = [min(step, count) for count in filters]
     smallest = sum(count * size for count, size in zip(least, weights, strict=True))
     if smallest > budget:

@@ -259,3 +259,19 @@ def test_autocast_runs_on_sparse_weights() -> None:
     sparsefx.finalize(dense)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.eval()(*inputs), dense.eval()(*inputs))
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, torch.compile, nn.DataParallel], ids=["Sequential", "compile", "DataParallel"])
+def test_the_audit_of_a_wrapper_is_that_of_what_is_inside(wrap: Any) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    sparsefx.sparsify(model, pattern="unstructured", density=0.1, exclude="2")
+    assert sparsefx.audit(wrap(model)).to_json() == sparsefx.audit(model).to_json()
+
+
+def test_the_audit_tells_of_a_layer_that_was_replaced() -> None:
+    model = sparsefx.sparsify(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)))
+    model[2] = nn.Linear(32, 16)
+    row = sparsefx.audit(model).layers[1]
+    assert row.shape == (16, 32)
+    assert not row.sparse
+    assert "was replaced" in row.reason

@@ -285,3 +285,30 @@ def test_projections_as_wide_as_the_table_of_positions_are_sparse(inputs: Any) -
     assert rows["text"].sparse
     assert rows["image"].sparse
     assert "vocabulary projection (96 outputs" in rows["words"].reason
+
+
+@pytest.mark.parametrize("with_inputs", [False, True])
+@pytest.mark.parametrize(
+    "rearranged",
+    [
+        lambda p: p.t().flatten().view(32, 32),
+        lambda p: p.t().reshape(16, 64).reshape(32, 32),
+        lambda p: p.view(32, 16, 2).transpose(1, 2).reshape(32, 32),
+    ],
+)
+def test_a_weight_that_is_copied_in_another_order_is_not_masked_along_a_wrong_axis(
+    rearranged: Callable[[Tensor], Tensor], with_inputs: bool
+) -> None:
+    class Rearranging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.last = nn.Parameter(torch.randn(32, 32)), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.last(functional.linear(x, rearranged(self.weight)))
+            return made
+
+    model = sparsefx.sparsify(Rearranging(), example_inputs=torch.randn(2, 32) if with_inputs else None)
+    assert set(sparsefx.masks(model)) == {"last.weight"}
+    found = sparsefx.audit(model)
+    assert "weight" in found.unseen or any(row.parameter == "weight" and row.reason for row in found.layers)

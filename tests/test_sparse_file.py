@@ -21,7 +21,8 @@ from tests.training import batches, small_net, train
 def trained(steps: int = 4, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer, sparsefx.MaskRuntime]:
     model = sparsefx.sparsify(small_net(), **options)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    runtime = sparsefx.attach(model, optimizer, total_steps=20)
+    every = {"rewire_every": 10} if options.get("algorithm") == "rigl" else {}
+    runtime = sparsefx.attach(model, optimizer, total_steps=20, **every)
     train(model, optimizer, batches(steps))
     return model, optimizer, runtime
 
@@ -266,3 +267,33 @@ def test_an_algorithm_of_ones_own_wants_a_model_sparsified_with_it(tmp_path: Pat
     sparse = sparsefx.sparsify(small_net(seed=5), pattern="unstructured", algorithm=own)
     sparsefx.load(sparse, tmp_path / "model")
     assert_equal(everything(model), everything(sparse))
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_file_of_untied_layers_is_refused_by_a_model_that_ties_them(tmp_path: Path, masks: bool) -> None:
+    def build(tied: bool) -> nn.Sequential:
+        torch.manual_seed(3)
+        made = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        if tied:
+            made[1].weight = made[0].weight
+        return made
+
+    sparsefx.save(sparsefx.sparsify(build(False)), tmp_path / "model.safetensors")
+    model = build(True)
+    before = everything(model)
+    with pytest.raises(OptionError, match=r"0\.weight and 1\.weight are one tensor"):
+        sparsefx.load(model, tmp_path / "model.safetensors", masks=masks)
+    assert_equal(before, everything(model))
+    sparsefx.save(sparsefx.sparsify(build(True)), tmp_path / "tied.safetensors")
+    sparsefx.load(model, tmp_path / "tied.safetensors")
+    assert model[0].weight is model[1].weight
+
+
+def test_a_mask_for_what_is_a_buffer_here_is_refused(tmp_path: Path) -> None:
+    sparsefx.save(sparsefx.sparsify(nn.Sequential(nn.Linear(16, 16))), tmp_path / "model.safetensors")
+    model = nn.Sequential(nn.Linear(16, 16))
+    weight = model[0].weight.detach().clone()
+    del model[0].weight
+    model[0].register_buffer("weight", weight)
+    with pytest.raises(StateError, match=r"0\.weight, which is a buffer"):
+        sparsefx.load(model, tmp_path / "model.safetensors")

@@ -62,3 +62,8 @@ def test_training_that_is_aimed_at_steps_leaves_no_filter_between_two_of_them() 
     widths = [(row.outputs_after, row.outputs_needed) for row in plan.report.layers[:2]]
     assert all(after == needed and after % step == 0 for after, needed in widths)
     assert any(after < row.outputs for (after, _), row in zip(widths, plan.report.layers, strict=False))
+
+
+@pytest.mark.parametrize("density", [0.29, 0.57, 0.58])
+def test_a_density_that_floats_cannot_hold_is_reached(density: float) -> None:
+    assert counts(density, [100], [1], step=1) == [round(100 * density)]

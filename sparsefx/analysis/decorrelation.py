@@ -78,6 +78,9 @@ def correlations(series: Tensor) -> Tensor:
 
 def _correlations(series: Tensor) -> Tensor:
     length = len(series)
+    # Exactly, since sums tell a window that stands still from one that hardly moves by no more than rounding.
+    leading = (series == series[:1]).to(torch.int64).cumprod(0).sum(0)
+    trailing = (series == series[-1:]).flip(0).to(torch.int64).cumprod(0).sum(0)
     series = series - series.mean(0)  # takes nothing from the coefficients, and keeps the sums below small
     scale = series.abs().amax(0)
     series = series / scale.masked_fill(scale == 0, 1)
@@ -93,7 +96,7 @@ def _correlations(series: Tensor) -> Tensor:
     covariance = products - first * last / counts
     spread = (first_squares - first.square() / counts).clamp_min(0) * (last_squares - last.square() / counts).clamp_min(0)
     # Variances that are nothing but rounding are those of windows that stand still.
-    still = spread <= (_ZERO * squares[-1]).square()
+    still = (spread <= (_ZERO * squares[-1]).square()) | (counts <= leading) | (counts <= trailing)
     return torch.where(still, 0.0, covariance / spread.masked_fill(still, 1).sqrt())
 
 

@@ -126,11 +126,16 @@ class Recorder:
                 of a dense model no threshold.
 
         Raises:
-            StateError: fewer than three looks were made.
+            StateError: fewer than three looks were made, or the model was finalized since.
         """
         if density is not None:
             expect_share("density", density)
-        return tuple(self._decorrelation(name, weight, record, density) for name, weight, record in _followed(self._model))
+        found = list(_followed(self._model))
+        if [name for name, _, _ in found] != list(self._traces) or any(
+            (record is None) == (name in self._masks) for name, _, record in found
+        ):
+            raise StateError("the model holds other masks than those that the Recorder followed; ask it before finalize")
+        return tuple(self._decorrelation(name, weight, record, density) for name, weight, record in found)
 
     def _decorrelation(self, name: str, weight: Tensor, record: SparseParameter | None, density: float | None) -> Decorrelation:
         trace = self._traces[name]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsefx.algorithms.options import expect_share
 from sparsefx.capture.arguments import split_arguments
 from sparsefx.errors import EligibilityError, OptionError
 
@@ -59,16 +60,21 @@ def class_specialization(
         least: share of a module's contribution that may be left out.
 
     Raises:
-        OptionError: no batches, or labels that do not fit.
-        EligibilityError: no such module, or no convolution.
+        OptionError: no batches, labels that do not fit, or a module that gives no tensor.
+        EligibilityError: no such module, no convolution, or none that runs.
     """
+    expect_share("least", least)
     names = _modules(model, modules)
     sums: dict[str, Tensor] = {}
     labels = torch.empty(0, dtype=torch.int64)
     examples = torch.zeros(0, dtype=torch.float64)
 
     def note(name: str, output: Tensor) -> None:
-        activation = output.detach().abs().flatten(2).sum(2) if output.dim() > 2 else output.detach().abs()
+        if not isinstance(output, Tensor):
+            raise OptionError(
+                f"{name} gives a {type(output).__name__}; expected a tensor [N, channels, ...]: name a module behind it"
+            )
+        activation = output.detach().abs().flatten(2).sum(2, dtype=torch.float64) if output.dim() > 2 else output.detach().abs()
         if len(activation) != len(labels):
             raise OptionError(f"{name} made {len(activation)} outputs for {len(labels)} labels; expected one for each example")
         found = sums.get(name, torch.zeros(0, activation.shape[1], dtype=torch.float64))
@@ -100,6 +106,8 @@ def class_specialization(
         if name not in sums:
             continue  # a head that the model does not run in eval mode
         channels[name], left_out[name] = _shares(sums[name], examples, least)
+    if not channels:
+        raise EligibilityError(f"none of {', '.join(names[:3])} ran in eval mode; name modules that do")
     return Specialization(channels, left_out)
 
 

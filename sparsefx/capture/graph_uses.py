@@ -168,9 +168,11 @@ class _Walker:
                 result = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
         except Exception:  # what the op makes of it decides; an op that refuses the probe is an unknown one
             return None
-        if isinstance(result, (list, tuple)):
-            return tuple(view.like(part) for part in result)
-        return view.like(result)
+        parts = list(result) if isinstance(result, (list, tuple)) else [result]
+        # What an op copied to give it this shape has other strides than the parameter's memory.
+        if any(part is not probe and part._base is not probe for part in parts):
+            return None
+        return tuple(view.like(part) for part in parts) if isinstance(result, (list, tuple)) else view.like(result)
 
 
 def as_site(use: Use, where: str, rung: Rung) -> CallSite:

@@ -115,3 +115,29 @@ def test_a_thinned_trace_tells_the_median_time_of_the_whole_history() -> None:
 def test_sizes_are_checked(capacity: int, sample: int) -> None:
     with pytest.raises(OptionError, match="expected"):
         WeightTrace(torch.zeros(4), sample=sample, capacity=capacity, generator=torch.Generator())
+
+
+def still(series: np.ndarray, lag: int) -> bool:
+    first, last = series[: len(series) - lag], series[lag:]
+    return bool((first == first[0]).all() or (last == last[0]).all())
+
+
+@pytest.mark.parametrize("stands_still", ["last half", "first half", "last half of a trend", "first half of a trend"])
+def test_windows_that_stand_still_have_coefficient_zero_exactly(stands_still: str) -> None:
+    series = torch.randn(200, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64).cumsum(0)
+    if "trend" in stands_still:
+        series = series + 3 * torch.arange(200, dtype=torch.float64).unsqueeze(1)
+    if stands_still.startswith("last"):
+        series[100:] = series[100] if "trend" in stands_still else 0.0
+    else:
+        series[:100] = series[100]
+    found = correlations(series)
+    for weight in range(100):
+        column = series[:, weight].numpy()
+        for lag in (5, 99, 100, 101, 150, 197):
+            if still(column, lag):
+                assert float(found[lag, weight]) == 0.0
+            else:
+                first, last = column[: 200 - lag], column[lag:]
+                assert float(found[lag, weight]) == pytest.approx(np.corrcoef(first, last)[0, 1], abs=1e-6)
+    assert int(decorrelation_lags(series).max()) <= 101

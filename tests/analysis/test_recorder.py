@@ -179,3 +179,10 @@ def test_a_plain_text_section_is_escaped(tmp_path: Path) -> None:
     assert isinstance(model, nn.Module)
     sparsefx.audit(model, pattern="unstructured").to_html(page, more=["<script>"])
     assert "&lt;script&gt;" in page.read_text()
+
+
+def test_a_model_that_was_finalized_since_is_refused() -> None:
+    model, recorder, _ = trained("set")
+    sparsefx.finalize(model)
+    with pytest.raises(StateError, match="before finalize"):
+        recorder.decorrelation()

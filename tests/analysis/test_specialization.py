@@ -123,3 +123,31 @@ def test_many_layers_have_a_short_legend() -> None:
     legend = plot_decorrelation(layers).axes[0].get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["layer0", f"layer{len(COLOURS) + 3}"]
+
+
+def test_half_precision_gives_what_single_does() -> None:
+    model = net()
+    model[0].weight.data.mul_(300)
+    batches = [(torch.randn(30, 2, 6, 6), torch.arange(30) % 3)]
+    wanted = class_specialization(model, batches, modules=["0"]).mean
+    half = [(batches[0][0].half(), batches[0][1])]
+    assert class_specialization(model.half(), half, modules=["0"]).mean == pytest.approx(wanted, rel=1e-2)
+
+
+def test_modules_without_a_tensor_or_without_a_run_are_refused() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.unused = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = self.lstm(x)[0]
+            return made
+
+    batches = [(torch.randn(6, 5, 4), torch.arange(6) % 3)]
+    with pytest.raises(OptionError, match="lstm gives a tuple"):
+        class_specialization(Recurrent(), batches, modules=["lstm"])
+    with pytest.raises(EligibilityError, match="none of unused ran"):
+        class_specialization(Recurrent(), batches, modules=["unused"])
+    with pytest.raises(OptionError, match="least"):
+        class_specialization(net(), [(torch.randn(6, 2, 6, 6), torch.arange(6) % 3)], least=2.0)

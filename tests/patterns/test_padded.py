@@ -39,7 +39,8 @@ def test_masks_of_an_image_convolution_stay_so_in_training(algorithm: str) -> No
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 4))
     sparsefx.sparsify(model, pattern="2:4-padded", algorithm=algorithm, eligibility=sparsefx.Eligibility(multiple=1))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    runtime = sparsefx.attach(model, optimizer, total_steps=4)
+    every = {} if algorithm == "static" else {"rewire_every": 2}
+    runtime = sparsefx.attach(model, optimizer, total_steps=4, **every)
     for _ in range(4):
         optimizer.zero_grad()
         model(torch.randn(4, 3, 6, 6)).square().sum().backward()

@@ -90,7 +90,7 @@ def _build(build: Builder, weights_needed: bool) -> nn.Module:
                 model = build()
             if sum(parameter.numel() for parameter in model.parameters()) > _PARAMETERS_BUILT_FOR_REAL:
                 return model
-        except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):
             # Some constructors read values back, which the meta device cannot do.
             pass
     return build()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from sparsefx.capture.below import below
 from sparsefx.errors import OptimizerError
 from sparsefx.passes.channels.cut import cut
 from sparsefx.passes.channels.plan import ChannelPlan
@@ -213,22 +213,8 @@ def _check_own_lists(optimizer: Optimizer, made: Cut) -> None:
 
 
 def _tensors_in(value: Any, passed_over: Collection[int] = ()) -> Iterator[Tensor]:
-    """Tensors with at least one axis below a value, through containers and dataclasses."""
-    pending, seen = [value], set(passed_over)
-    while pending:
-        item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            if item.dim() > 0:
-                yield item
-        elif isinstance(item, Mapping):
-            pending += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset, deque)):
-            pending += item
-        elif is_dataclass(item) and not isinstance(item, type):
-            pending += [getattr(item, one.name) for one in fields(item)]
+    """Tensors with at least one axis below a value."""
+    return (item for item in below(value, passed_over=passed_over) if isinstance(item, Tensor) and item.dim() > 0)
 
 
 __all__ = ["Cut", "OptimizersFollow"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from sparsefx.capture.below import below
 from sparsefx.errors import StateError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,23 +50,11 @@ def _held(module: nn.Module) -> dict[str, Any]:
 
 def _computed(value: Any) -> Iterator[Tensor]:
     """Tensors below a value that are no leaves of an autograd graph."""
-    pending, seen = [value], set[int]()
-    while pending:
-        item = pending.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            if not item.is_leaf:
-                yield item
-        elif isinstance(item, nn.Module):
-            pending += [held for module in item.modules() for held in _held(module).values()]
-        elif isinstance(item, Mapping):
-            pending += item.values()
-        elif isinstance(item, (list, tuple, set, frozenset, deque)):
-            pending += item
-        elif is_dataclass(item) and not isinstance(item, type):
-            pending += [getattr(item, one.name, None) for one in fields(item)]
+    return (item for item in below(value, contents=_held_inside) if isinstance(item, Tensor) and not item.is_leaf)
+
+
+def _held_inside(item: Any) -> list[Any] | None:
+    return [held for module in item.modules() for held in _held(module).values()] if isinstance(item, nn.Module) else None
 
 
 def _culprit(model: nn.Module, memo: dict[int, Any]) -> str:

@@ -172,7 +172,7 @@ class Short(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "index_select":
-            raise NotImplementedError("no index_select of short tensors")
+            raise TypeError("no index_select of short tensors")
         return super().__torch_function__(func, types, args, kwargs or {})
 
 

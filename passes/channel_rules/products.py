@@ -112,7 +112,7 @@ def add_product(
     if bias is not None:
         propagation.labels.union(out, propagation.axis(bias, 0))
     read = Read(module_path(node), weight, out_axis, in_axis, 1, out, np.array(into), constant, uniform, bias)
-    propagation.add_read(read, node)
+    propagation.add_read(read, node, axis=axis)
     shape = shape_of(node)
     sizes = tuple(len(out) if number == axis else 1 for number in range(len(shape)))
     return Value(shape, out.reshape(sizes), np.zeros(sizes)).with_constant(sums_of(read).reshape(sizes))

@@ -62,8 +62,8 @@ def slice_(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -
 
 
 def _looked_up(propagation: Propagation, node: fx.Node, value: Value, axis: int, made: Value) -> Value:
-    """A part of a stored tensor, positions or masks or a task's row: another input takes other parts, so that these stay
-    together, and what is constant is so in all of them."""
+    """A part of what is stored, or computed from that alone, such as positions, masks or a task's row: another input takes
+    other parts, so that these stay together, and what is constant is so in all of them."""
     if value.labels.shape[axis] > 1:
         propagation.labels.union(value.labels, value.labels.take([0], axis=axis))
     if value.constant.shape[axis] == 1:
@@ -87,7 +87,8 @@ def split(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) ->
             propagation.facts.splits.append(Split(module_path(node), tuple(np.split(labels, ends[:-1]))))
             if len(sizes) > 1 and len(set(sizes)) == 1:
                 propagation.add_blocks(Blocks(labels.reshape(len(sizes), -1)))
-    return tuple(take(value, axis, slice(end - size, end)) for size, end in zip(sizes, ends.tolist(), strict=True))
+    made = tuple(take(value, axis, slice(end - size, end)) for size, end in zip(sizes, ends.tolist(), strict=True))
+    return _parts(propagation, node, value, axis, made)
 
 
 def glu(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -107,7 +108,16 @@ def unbind(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -
     """Every index of an axis, one by one."""
     value = propagation.value(arguments["self"])
     axis = arguments["dim"] % len(value.shape)
-    return tuple(take(value, axis, slice(index, index + 1), keep=False) for index in range(value.shape[axis]))
+    made = tuple(take(value, axis, slice(index, index + 1), keep=False) for index in range(value.shape[axis]))
+    return _parts(propagation, node, value, axis, made)
+
+
+def _parts(propagation: Propagation, node: fx.Node, value: Value, axis: int, made: tuple[Value, ...]) -> tuple[Value, ...]:
+    """All parts of a tensor; of what is stored, parts that nothing reads are those that another input takes."""
+    read = {user.args[1] for user in node.users if user.users}
+    if len(read) == len(made) or not propagation.is_stored(node.args[0]):
+        return made
+    return tuple(_looked_up(propagation, node, value, axis, part) for part in made)
 
 
 def getitem(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
@@ -137,6 +147,9 @@ def index(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) ->
         return propagation.refuse(node, "takes channels by indices that are not constant")
     numbers = indices.tensor
     flat = take(value, axis, numbers.cpu().numpy().reshape(-1) % value.shape[axis])
+    if not indices.sliceable and propagation.is_stored(node.args[0]):
+        # Numbers that code has, for all it shows, depend on its inputs.
+        flat = _looked_up(propagation, node, value, axis, flat)
     propagation.facts.views.append((module_path(node), value.labels))
     if numbers.dim() == 1:
         return propagation.compressed(flat)
@@ -182,8 +195,8 @@ def pad(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> A
         mode = op_name(node)
     fill = float(arguments.get("value") or 0.0)
     labels, constant = value.labels, value.constant
-    # Amounts that are all zero were computed from sizes, and are others for other inputs.
-    computed = mode == "constant" and bool(amounts) and not any(amounts)
+    # Amounts that add nothing were computed from sizes, and are others for other inputs.
+    computed = mode == "constant" and bool(amounts) and all(amount <= 0 for amount in amounts)
     uneven = _with_border(value, len(amounts) // 2, fill) if mode == "constant" else None
     for number in range(len(amounts) // 2):
         axis = rank - 1 - number
@@ -191,7 +204,7 @@ def pad(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> A
         if not (before or after or computed):
             continue
         if labels.shape[axis] > 1:
-            if computed:
+            if not (before or after):
                 continue
             if mode != "constant":
                 return propagation.refuse(node, "reflects channels")

@@ -119,16 +119,26 @@ def _changing(program: ExportedProgram, weights: dict[str, Weight]) -> frozenset
     written = set(signature.buffers_to_mutate.values())
     found = {weights[placeholder].name for placeholder, name in signature.inputs_to_buffers.items() if name in written}
     for node in program.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if not _writes(node):
             continue
         for argument, description in zip(node.args, node.target._schema.arguments, strict=False):
             if description.alias_info is None or not description.alias_info.is_write:
                 continue
-            while isinstance(argument, fx.Node) and argument.op == "call_function" and argument.args:
+            while isinstance(argument, fx.Node) and (_writes(argument) or _is_view(argument)):
                 argument = argument.args[0]
             if isinstance(argument, fx.Node) and argument.name in weights:
                 found.add(weights[argument.name].name)
     return frozenset(found)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and bool(node.args) and op_name(node).removesuffix("_") in VIEWS
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an op changes what a tensor holds, and not only how it is looked at."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and bool(target._schema.is_mutable and node.args) and not _is_view(node)
 
 
 def _own_names(model: nn.Module) -> dict[int, str]:
@@ -160,7 +170,7 @@ def _seen_elsewhere(written: fx.Node, writer: fx.Node, position: dict[fx.Node, i
         # Views that were taken before the write see it, wherever they are read; so does a later reader.
         if any(op_name(user) in VIEWS or position[user] > position[writer] for user in written.users if user is not reader):
             return True
-        if written.op != "call_function" or op_name(written).removesuffix("_") not in VIEWS:
+        if not _is_view(written):
             return False
         reader, above = written, written.args[0]
         if not isinstance(above, fx.Node):

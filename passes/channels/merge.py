@@ -90,7 +90,7 @@ def _merged(model: nn.Module, propagation: Propagation, all_reads: list[Read], r
     for read in reads[1:]:
         constant = np.where(constant == read.constant, constant, np.nan) if same else np.full_like(constant, np.nan)
     fold = _fold(model, propagation, all_reads)
-    carries = _keeps_its_pattern(model, first.weight.name)
+    carries = _keeps_its_pattern(model, first.weight.name) and _alone(propagation, first.weight.name, all_reads)
     if uniform and fold is None:
         constant = np.where(constant == 0, 0.0, np.nan)
     if not uniform and not carries:

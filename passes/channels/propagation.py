@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from sparsefx.passes.channels.facts import Blocks, Facts, Grid, Pin, Read, Work
-from sparsefx.passes.channels.graph import VIEWS, ChannelGraph, module_path, op_name
+from sparsefx.passes.channels.graph import ChannelGraph, module_path, op_name
 from sparsefx.passes.channels.labels import PINNED, Integers, Labels
 from sparsefx.passes.channels.value import Value, Weight, nothing_known
 
@@ -36,22 +36,22 @@ class Propagation:
         self.training = False
         self.uses: dict[tuple[str, bool], int] = {}
         self._values: dict[fx.Node, Any] = {}
+        self._stored: set[fx.Node] = set()
         self._unknown: set[int] = {PINNED}
 
     def follow(self, captured: ChannelGraph, progress: Callable[[int], None] | None = None) -> None:
         """Interpret every node of a graph, in order."""
         self._values = {}
+        self._stored = set()
         self.training = captured.training
         self._changing = frozenset() if captured.training else captured.changing
         for node in captured.graph.nodes:
             if node.op == "placeholder":
-                self._values[node] = captured.weights.get(node.name) or self.unknown_of(node, "it meets an input of the model")
-                if node.name in captured.weights:
-                    name = captured.weights[node.name].name
-                    key = (name, self.training)
-                    self.uses[key] = self.uses.get(key, 0) + len(node.users)
+                self._values[node] = self._given(node, captured)
             elif node.op == "call_function":
                 self._values[node] = self._call(node)
+                if all(source in self._stored for source in node.all_input_nodes):
+                    self._stored.add(node)
             elif node.op == "output":
                 for source in node.all_input_nodes:
                     if source.name in captured.outputs:
@@ -62,6 +62,25 @@ class Propagation:
                 self._values[node] = self.unknown_of(node, "it is computed by a graph of its own")
             if progress is not None:
                 progress(1)
+        self._count_uses(captured)
+
+    def _count_uses(self, captured: ChannelGraph) -> None:
+        """How many nodes read each weight, itself or in another order of axes."""
+        for node, value in self._values.items():
+            name = value.name if isinstance(value, Weight) else None
+            if name is None and node.name in captured.weights:
+                name = captured.weights[node.name].name  # one that changes
+            if name is not None:
+                readers = sum(not isinstance(self._values.get(user), Weight) for user in node.users)
+                self.uses[name, self.training] = self.uses.get((name, self.training), 0) + readers
+
+    def _given(self, node: fx.Node, captured: ChannelGraph) -> Any:
+        weight = captured.weights.get(node.name)
+        if weight is None:
+            return self.unknown_of(node, "it meets an input of the model")
+        self._stored.add(node)
+        # What the next run finds there is another number: data, and no weight that could be read as it stands.
+        return self._as_data(weight) if weight.name in self._changing else weight
 
     def _call(self, node: fx.Node) -> Any:
         rule = self._rules.get(op_name(node)) or self._rules.get(op_name(node).removesuffix("_"))
@@ -160,10 +179,8 @@ class Propagation:
         raise TypeError(f"a rule asked for a tensor and found {type(given).__name__}")
 
     def is_stored(self, node: Any) -> bool:
-        """Whether what a node makes is a parameter, buffer or constant of the model, or a view of one."""
-        while isinstance(node, fx.Node) and op_name(node) in VIEWS and node.args:
-            node = node.args[0]
-        return isinstance(node, fx.Node) and isinstance(self._values.get(node), Weight)
+        """Whether what a node makes is computed from parameters, buffers and constants alone, whatever the inputs are."""
+        return node in self._stored
 
     def _as_data(self, weight: Weight) -> Value:
         tensor = weight.tensor
@@ -212,12 +229,15 @@ class Propagation:
             self.facts.views.append((module_path(node), value.labels))
         return self.compressed(value)
 
-    def add_read(self, read: Read, node: fx.Node, *, places: int | None = None) -> None:
+    def add_read(self, read: Read, node: fx.Node, *, axis: int = 1, places: int | None = None) -> None:
         """A product with a weight; the batch norm behind it, where nothing else reads its result, can take a constant over.
 
-        ``places`` is the number of places that each value of the weight is multiplied at, where the output does not tell.
+        ``axis`` is the one of its channels in the output. ``places`` is the number of places that each value of the weight is
+        multiplied at, where the output does not tell.
         """
-        self.facts.reads.append(replace(read, shift=self._shift_behind(node), training=self.training))
+        # Batch norm has a mean for each index of axis 1.
+        shift = self._shift_behind(node) if axis == 1 else ""
+        self.facts.reads.append(replace(read, shift=shift, training=self.training))
         if places is None:
             self.count(node, read.weight, len(read.out))
         else:

@@ -101,6 +101,17 @@ def test_padding_that_only_other_sizes_get(always: bool) -> None:
     assert always or any("inputs of other sizes" in reason for reason in told)
 
 
+def test_padding_to_a_length_that_the_example_goes_beyond() -> None:
+    model = _around(
+        lambda m, x: m.last(torch.relu(F.pad(m.first(x), (0, 16 - x.shape[-1])))),
+        first=nn.Conv1d(4, 16, 1),
+        last=nn.Conv1d(16, 3, 1),
+    )
+    # Half of the length, and twice the length, are cropped too.
+    small = _smaller(model, torch.randn(2, 4, 40), torch.randn(2, 4, 10))
+    assert small.get_submodule("first").out_channels == 16
+
+
 def test_numbers_computed_from_sizes_are_found_by_running_other_ones() -> None:
     model = _around(lambda m, x: m.last(torch.relu(m.first(x)) / x.shape[1] ** 0.5))
     small = _smaller(model, torch.randn(2, 4, 4), torch.randn(2, 16, 4))

@@ -140,6 +140,8 @@ _BOUNDED = frozenset(("clamp", "clamp_min", "clamp_max", "clip", "maximum", "min
 _PRODUCTS = frozenset(("mul", "multiply"))
 # What these give for a constant depends on more than the elements that are tensors here.
 _NEVER_CONSTANT = frozenset(("nan_to_num",))
+# Arguments that say how a result is stored.
+_OF_RESULTS = frozenset(("dtype", "layout", "device", "pin_memory", "memory_format", "out"))
 # One or the other of two, by a condition that may depend on inputs.
 _CHOOSING = {"where": ("self", "other"), "masked_fill": ("self", "value")}
 
@@ -242,7 +244,7 @@ def evaluate(node: fx.Node, arguments: dict[str, Any]) -> Floats | None:
     keyword = {
         argument.name: converted[argument.name]
         for argument in target._schema.arguments
-        if argument.kwarg_only and argument.name in ("alpha", "value", "approximate", "rounding_mode")
+        if argument.kwarg_only and argument.name not in _OF_RESULTS
     }
     try:
         made = packet(*positional, **keyword)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from sparsefx.passes.channel_rules.elementwise import elementwise
 from sparsefx.passes.channel_rules.normalization import tied
 from sparsefx.passes.channels.graph import module_path, op_name
 from sparsefx.passes.channels.propagation import Propagation, Rule, shape_of
@@ -17,7 +18,9 @@ _GIVING_INDICES = frozenset(("argmax", "argmin", "max", "min", "median"))
 
 
 def reduction(propagation: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
-    """sum, mean, amax, var, norm and their kin."""
+    """sum, mean, amax, var, norm and their kin; max and min of two tensors are functions of single elements."""
+    if arguments.get("other") is not None:
+        return elementwise(propagation, node, arguments)
     value = propagation.value(arguments.get("self", arguments.get("x")))
     rank = len(value.shape)
     given = arguments.get("dim")

@@ -101,3 +101,23 @@ def test_an_average_over_padding_that_more_than_a_product_reads_keeps_channels_t
         model.get_parameter("first.bias")[6] = 0
     small, _ = pruned(model.eval(), torch.randn(IMAGE))
     assert small.get_submodule("first").out_channels == 7
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.max(m.first(x), m.second(x)),
+        lambda m, x: torch.min(m.first(x), m.second(x)),
+        lambda m, x: torch.round(m.first(x) + m.second(x), decimals=1),
+    ],
+    ids=["max", "min", "round"],
+)
+def test_functions_of_single_elements_by_the_names_of_other_ops(function: Callable[..., Tensor]) -> None:
+    model = Around(
+        lambda m, x: m.last(function(m, x)), first=nn.Conv2d(3, 8, 1), second=nn.Conv2d(3, 8, 1), last=nn.Conv2d(8, 4, 1)
+    )
+    for name in ("first.weight", "second.weight"):
+        empty(model.get_parameter(name), 1, 2, 6)
+    small, _ = pruned(model.eval(), torch.randn(IMAGE))
+    assert small.get_submodule("first").out_channels == 5
+    assert small.get_submodule("second").out_channels == 5

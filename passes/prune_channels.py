@@ -139,7 +139,7 @@ class ChannelPlanner:
             plan = self._settled(lambda candidate: shapes.failure(candidate) or differs(candidate), failure)
         if plan.empty or (elsewhere := self._differs_elsewhere(plan, values)) is None:
             return replace(plan, report=replace(plan.report, difference=differences[-1] if not plan.empty else 0.0))
-        # What looks constant in a graph of one size may be another number in other sizes; zeros mostly are zeros there too.
+        # What looks constant in a graph may be another number in other sizes; zeros mostly are zeros there too.
         self._told["constants"] = f"constants other than zero: {elsewhere.told}"
         self._follow(only_zeros=True)
         plan = self._settled(
@@ -151,7 +151,7 @@ class ChannelPlanner:
         found = values.difference_elsewhere(plan)
         if found <= TOLERANCE or found <= NOISE * values.noise():
             return None
-        return Failure("", f"with inputs of other sizes outputs differ by {found:.1e} of their largest value")
+        return Failure("", f"with inputs of other sizes or numbers outputs differ by {found:.1e} of their largest value")
 
     def _settled(self, failure: Callable[[ChannelPlan], Failure | None], first: Failure | None = None) -> ChannelPlan:
         """A plan that the test has nothing against: groups that code holds the number of are found and kept whole."""
@@ -165,7 +165,7 @@ class ChannelPlanner:
                 return plan
             if self._goes_with_sizes(found, failure):
                 continue
-            suspects = self._suspects(found) or self._all_layers()
+            suspects = self._suspects(found) or self._everything()
             if not suspects:
                 raise VerificationError(
                     f"the model without its empty channels does not give the same outputs ({found.told} "
@@ -227,14 +227,22 @@ class ChannelPlanner:
         mine = [group for group in groups if near is not None and group.what.endswith(f" in {near}")]
         return (mine if failure.where else []) or groups
 
-    def _all_layers(self) -> list[_Group]:
-        """The outputs of every layer that loses some: code may hold their number in ways that no op shows."""
+    def _everything(self) -> list[_Group]:
+        """The outputs of every layer that loses some, and what else parameters lose: code may hold their number in ways that no
+        op shows."""
         whole = {group.what for group in self._whole}
-        return [
-            _Group((layer.read.out,), what)
-            for layer in self._layers
-            if not self._solution.stays[layer.out].all() and (what := f"outputs of {layer.read.weight.name}") not in whole
-        ]
+        stays = self._solution.stays.copy()
+        groups = []
+        for layer in self._layers:
+            if not stays[layer.out].all() and (what := f"outputs of {layer.read.weight.name}") not in whole:
+                groups.append(_Group((layer.read.out,), what))
+        for group in groups:
+            stays[self._roots[group.labels[0]]] = True
+        for (name, axis), labels in self._propagation.facts.axes.items():
+            if not stays[self._roots[labels]].all() and (what := f"axis {axis} of {name}") not in whole:
+                groups.append(_Group((labels,), what))
+                stays[self._roots[labels]] = True
+        return groups
 
     def _solved(self) -> ChannelPlan:
         unrounded = self._solution_for(1)

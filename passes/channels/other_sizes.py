@@ -1,20 +1,21 @@
-"""Inputs of other sizes than the example's: another batch, another length, another image.
+"""Inputs of other sizes than the example's: another batch, another length, another image; and other numbers.
 
 A graph is captured for one size of everything, and what depends on sizes looks constant in it: a sum over places, a position that
-is looked up, a division by the square root of a length.
+is looked up, a division by the square root of a length. So does what depends on arguments that are numbers and no tensors.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 MOST = 4
-"""Different sizes (of lengths, images and whatever else) that are tried."""
+"""Different sizes (of lengths, images and whatever else) that are tried, and different numbers."""
 
 
 def other_sizes(inputs: Any) -> Iterator[list[Any]]:
@@ -42,6 +43,39 @@ def other_batch(inputs: Any) -> list[Any]:
     return [_resized(inputs, lambda axis, size: axis == 0 and size == batch, batch // 2 if batch >= 4 else batch + 1)]
 
 
+def other_numbers(model: nn.Module, inputs: Any) -> Iterator[list[Any]]:
+    """Ways to change numbers and truth values among inputs, each a list of candidates like those of `other_sizes`.
+
+    Arguments that forward has a number for count as given.
+    """
+    args, kwargs = inputs
+    leaves, structure = tree_flatten((args, {**_defaults(model, args, kwargs), **kwargs}))
+    found = [place for place, leaf in enumerate(leaves) if type(leaf) in (bool, int, float)]
+    for place in found[:MOST]:
+        for others in _others(leaves[place]):
+            yield [tree_unflatten([*leaves[:place], one, *leaves[place + 1 :]], structure) for one in others]
+
+
+def _defaults(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        signature = inspect.signature(model.forward)
+        given = signature.bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # a forward that has none, or hides it
+        return {}
+    missing = [one for name, one in signature.parameters.items() if name not in given and one.kind != one.POSITIONAL_ONLY]
+    return {one.name: one.default for one in missing if type(one.default) in (bool, int, float)}
+
+
+def _others(number: bool | int | float) -> Iterator[list[bool | int | float]]:
+    if isinstance(number, bool):
+        yield [not number]
+        return
+    yield [number + 1, number - 1, 2 * number, number // 2] if isinstance(number, int) else [number / 2 or 0.5, number + 1]
+    if number:
+        # What a branch is likely to ask for.
+        yield [type(number)(0)]
+
+
 def _tensors(inputs: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
 
@@ -64,4 +98,4 @@ def _resized(inputs: Any, chosen: Callable[[int, int], bool], size: int) -> Any:
     return tree_map(resized, inputs)
 
 
-__all__ = ["MOST", "other_batch", "other_sizes"]
+__all__ = ["MOST", "other_batch", "other_numbers", "other_sizes"]

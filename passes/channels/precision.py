@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Narrowing(TorchDispatchMode):
-    """Notes whether an op makes a shorter floating-point format of float64."""
+    """Notes whether an op makes a shorter format of float64 or complex128."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -19,13 +19,15 @@ class Narrowing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        wide = any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves((args, kwargs)))
+        wide = any(
+            isinstance(leaf, Tensor) and leaf.dtype in (torch.float64, torch.complex128) for leaf in tree_leaves((args, kwargs))
+        )
         self.found |= wide and any(_is_short(leaf) for leaf in tree_leaves(made))
         return made
 
 
 class Widening(TorchDispatchMode):
-    """Makes float64 wherever code asks for, or makes, a shorter floating-point format.
+    """Makes float64 wherever code asks for, or makes, a shorter floating-point format, and complex128 of complex ones.
 
     Code that holds a format, as in ``grid.float()``, fails beside weights in float64; the same code computes the same function in
     float64. Ops that write into a tensor of the shorter format keep it. Products of mixtures of experts have no float64 kernel;
@@ -55,14 +57,25 @@ def _grouped_product(
     return made
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Real and complex numbers in the longest format there is; others as they are."""
+    return tensor.to(_longest(tensor.dtype))
+
+
+def _longest(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
 def _is_short(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize < 8
+    return isinstance(leaf, Tensor) and leaf.dtype != _longest(leaf.dtype)
 
 
 def _widened(leaf: Any) -> Any:
     if isinstance(leaf, torch.dtype):
-        return torch.float64 if leaf.is_floating_point else leaf
-    return leaf.double() if _is_short(leaf) else leaf
+        return _longest(leaf)
+    return widened(leaf) if isinstance(leaf, Tensor) else leaf
 
 
-__all__ = ["Narrowing", "Widening"]
+__all__ = ["Narrowing", "Widening", "widened"]

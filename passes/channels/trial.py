@@ -15,9 +15,9 @@ from sparsefx.capture.arguments import copies
 from sparsefx.capture.model_copy import copy_model
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import VerificationError
-from sparsefx.passes.channels.other_sizes import other_batch, other_sizes
+from sparsefx.passes.channels.other_sizes import other_batch, other_numbers, other_sizes
 from sparsefx.passes.channels.plan import ChannelPlan
-from sparsefx.passes.channels.precision import Narrowing, Widening
+from sparsefx.passes.channels.precision import Narrowing, Widening, widened
 from sparsefx.passes.channels.surgery import carry_out
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -148,16 +148,17 @@ class ValueTrial:
     """
 
     def __init__(self, model: nn.Module, arguments: Arguments, seed: int, *, training: bool = False) -> None:
-        self._model = copy_with(model, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor).train(training)
+        self._model = copy_with(model, widened).train(training)
         self._generator = torch.Generator().manual_seed(seed)
         self._seed = seed
         self._inputs = tree_map(lambda leaf: _random_like(leaf, self._generator), arguments)
         self._widens = False
         self._elsewhere: list[tuple[Any, list[Any]]] | None = None
+        self._other_numbers: list[tuple[Any, list[Any]]] = []
         self._expected = self._first_outputs()
         if not all(_is_finite(leaf) for leaf in self._expected):
             # Random numbers are no input for this model; its own example is.
-            self._inputs = tree_map(lambda leaf: leaf.double() if _is_floating(leaf) else leaf, arguments)
+            self._inputs = tree_map(lambda leaf: widened(leaf) if isinstance(leaf, Tensor) else leaf, arguments)
             self._expected = self._outputs(self._model)
 
     def difference(self, plan: ChannelPlan) -> float:
@@ -174,9 +175,16 @@ class ValueTrial:
         return _difference(made, self._expected)
 
     def difference_elsewhere(self, plan: ChannelPlan) -> float:
-        """The same in other sizes of batch, length and image, as far as the unpruned model takes them; the largest."""
+        """The same in other sizes of batch, length and image, and with other numbers as arguments, as far as the unpruned model
+        takes them; the largest.
+
+        With other numbers code may take branches that no graph followed, whose layers no longer fit: these then raise, or make
+        something else, for all to see. Only what the model gives without a complaint counts.
+        """
         if self._elsewhere is None:
             self._elsewhere = list(self._other_runs())
+            taken = (self._first_taken(candidates) for candidates in other_numbers(self._model, self._inputs))
+            self._other_numbers = [found for found in taken if found is not None]
         model = copy_with(self._model, lambda tensor: tensor)
         carry_out(model, plan)
         worst = 0.0
@@ -185,6 +193,13 @@ class ValueTrial:
                 worst = max(worst, _difference(self._outputs(model, inputs), expected))
             except Exception:  # what the model's own code raises
                 return float("inf")
+        for inputs, expected in self._other_numbers:
+            try:
+                made = self._outputs(model, inputs)
+            except Exception:  # what the model's own code raises
+                continue
+            if list(map(_form, made)) == list(map(_form, expected)):
+                worst = max(worst, _difference(made, expected))
         return worst
 
     def _other_runs(self) -> Iterator[tuple[Any, list[Any]]]:
@@ -213,7 +228,7 @@ class ValueTrial:
         """How far outputs move where every weight moves by rounding: code may compute in float32, or amplify what it is given."""
 
         def moved(tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
+            if not (tensor.is_floating_point() or tensor.is_complex()):
                 return tensor
             change = torch.randn(tensor.shape, dtype=tensor.dtype, generator=self._generator).to(tensor.device)
             return tensor * (1 + rounding * change)
@@ -258,20 +273,21 @@ def _elements(inputs: Any) -> int:
     return sum(leaf.numel() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
-def _is_floating(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
 def _is_finite(leaf: Any) -> bool:
-    return not _is_floating(leaf) or bool(torch.isfinite(leaf).all())
+    return not isinstance(leaf, Tensor) or bool(torch.isfinite(leaf).all())
+
+
+def _form(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
 
 
 def _random_like(leaf: Any, generator: torch.Generator) -> Any:
-    """Normal numbers in float64; integers and truth values in another order, since they may be indices and masks."""
+    """Normal numbers in their longest format; integers and truth values in another order, since they may be indices and masks."""
     if not isinstance(leaf, Tensor):
         return leaf
-    if leaf.is_floating_point():
-        return torch.randn(leaf.shape, dtype=torch.float64, generator=generator).to(leaf.device)
+    if leaf.is_floating_point() or leaf.is_complex():
+        dtype = torch.complex128 if leaf.is_complex() else torch.float64
+        return torch.randn(leaf.shape, dtype=dtype, generator=generator).to(leaf.device)
     order = torch.randperm(leaf.numel(), generator=generator).to(leaf.device)
     return leaf.flatten()[order].view(leaf.shape)
 
@@ -283,11 +299,15 @@ def _difference(made: list[Any], expected: list[Any]) -> float:
 
 
 def _of_one(made: Any, expected: Any) -> float:
+    if isinstance(made, float) and isinstance(expected, float):
+        made, expected = torch.tensor(made).double(), torch.tensor(expected).double()
     if not isinstance(made, Tensor) or not isinstance(expected, Tensor):
-        return 0.0 if type(made) is type(expected) else float("inf")
+        # Of numbers such as how many channels there are the value counts; other objects are no two alike.
+        alike = made == expected if isinstance(expected, (bool, int, str)) else True
+        return 0.0 if alike and type(made) is type(expected) else float("inf")
     if made.shape != expected.shape:
         return float("inf")
-    if not made.is_floating_point() or not made.numel():
+    if not (made.is_floating_point() or made.is_complex()) or not made.numel():
         return 0.0 if torch.equal(made, expected) else float("inf")
     known = torch.isfinite(expected)
     if not torch.equal(known, torch.isfinite(made)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,3 +77,26 @@ def test_a_product_of_experts_taken_apart_is_that_of_torch(ends: list[int]) -> N
         made = torch._grouped_mm(rows, weights, offs=offs)
     assert made.dtype == torch.float64
     torch.testing.assert_close(made[: ends[-1]].float(), torch._grouped_mm(rows, weights, offs=offs)[: ends[-1]])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, h: torch.fft.rfft(h),
+        lambda m, h: torch.view_as_real(torch.complex(h, 2 * h) @ m.turn),
+        lambda m, h: h.to(torch.complex64) @ m.turn,
+    ],
+    ids=["complex output", "complex weight", "code that holds a format"],
+)
+def test_complex_numbers_are_compared_in_their_longest_format(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Around(lambda m, x: function(m, m.last(torch.tanh(m.first(x) - 0.3))), first=nn.Linear(4, 16), last=nn.Linear(16, 3))
+    model.register_parameter("turn", nn.Parameter(torch.randn(3, 3, dtype=torch.complex64)))
+    empty(model.get_parameter("first.weight"), *range(1, 8))
+    x = torch.randn(64, 4)
+    small = sparsefx.prune_channels(model.eval(), x, multiple=1)
+    assert small.get_submodule("first").out_features == 9
+    difference = sparsefx.channel_plan_of(small).report.difference
+    assert difference is not None
+    assert 0 < difference < 1e-12
+    torch.testing.assert_close(small(x), model(x))

@@ -225,3 +225,40 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
         sparsefx.ChannelPlan.load(tmp_path / "other.safetensors")
     with pytest.raises(OptionError, match="does not exist; create it first"):
         sparsefx.channel_plan(Small().eval(), _image(), multiple=1).save(tmp_path / "no" / "such" / "folder")
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "layout"),
+    [(nn.Conv2d, (1, 3, 5, 5), torch.channels_last), (nn.Conv3d, (1, 3, 5, 5, 5), torch.channels_last_3d)],
+)
+def test_weights_keep_their_memory_format(kind: type[nn.Module], size: tuple[int, ...], layout: torch.memory_format) -> None:
+    model = nn.Sequential(kind(3, 8, 3, padding=1), nn.ReLU(), kind(8, 2, 3)).eval()  # type: ignore[call-arg]
+    with torch.no_grad():
+        model.get_parameter("0.weight")[1:4] = 0
+        model.get_parameter("0.bias")[1:4] = 0
+    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    small = sparsefx.prune_channels(model, torch.randn(size), multiple=1)
+    assert small.get_parameter("0.weight").shape[0] == small.get_parameter("2.weight").shape[1] == 5
+    assert small.get_parameter("0.weight").is_contiguous(memory_format=layout)
+    assert small.get_parameter("2.weight").is_contiguous(memory_format=layout)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_channels_stay_and_keep_nothing_else_from_going() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none, self.first, self.last = nn.Linear(4, 0), nn.Linear(4, 8), nn.Linear(8, 3)
+            self.behind, self.table = nn.Linear(0, 3), nn.Embedding(3, 0)
+            with torch.no_grad():
+                self.first.weight[1:4] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.table(torch.zeros(len(x), dtype=torch.long))
+            made: Tensor = self.last(torch.relu(self.first(x))) + self.behind(torch.relu(self.none(x)) + found)
+            return made
+
+    model, x = Beside().eval(), torch.randn(2, 4)
+    small = sparsefx.prune_channels(model, x, multiple=1)
+    assert small.first.out_features == 5
+    torch.testing.assert_close(small(x), model(x))

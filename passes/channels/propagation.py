@@ -87,6 +87,10 @@ class Propagation:
         if rule is None:
             return self.refuse(node, "has no rule")
         arguments = self.arguments(node)
+        if any(
+            0 in (leaf.tensor if isinstance(leaf, Weight) else leaf.labels).shape for leaf in _leaves(list(arguments.values()))
+        ):
+            return self.refuse(node, "has a layer without channels")
         self._note_computed(node, arguments)
         made = rule(self, node, arguments)
         return tree_map(_zeros_of, made) if self._only_zeros else made

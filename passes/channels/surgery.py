@@ -19,6 +19,8 @@ from sparsefx.passes.channels.optimizers import Cut, OptimizersFollow
 from sparsefx.passes.channels.plan import ChannelPlan
 from sparsefx.sparse_parameter import records_of
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def check_fits(model: nn.Module, plan: ChannelPlan) -> None:
     """Raise StateError unless the plan was made for a model with these very parameters and widths."""
@@ -100,7 +102,9 @@ def _hooks_of(tensor: Tensor) -> list[Any]:
 
 def _cut_parameter(tensor: Tensor, plan: ChannelPlan, name: str) -> Tensor:
     axes = plan.kept.get(name, {})
-    layout = torch.channels_last if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) else None
+    layout = _CHANNELS_LAST.get(tensor.dim())
+    if layout is not None and not tensor.is_contiguous(memory_format=layout):
+        layout = None
     data = cut(tensor.detach(), axes)
     data = data.clone() if data.data_ptr() == tensor.data_ptr() else data
     if name in plan.moved:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsefx.capture.arguments import split_arguments
@@ -73,7 +74,7 @@ def prune_channels(model: Model, example_inputs: Any, *, multiple: int | str = "
     Args and Raises: as for `channel_plan`.
     """
     plan = channel_plan(model, example_inputs, multiple=multiple, seed=seed)
-    return apply_channel_plan(model, plan)
+    return _applied(model, plan)
 
 
 def apply_channel_plan(model: Model, plan: ChannelPlan) -> Model:
@@ -87,6 +88,10 @@ def apply_channel_plan(model: Model, plan: ChannelPlan) -> Model:
             changed by hand since.
     """
     _expect(model, "apply_channel_plan")
+    return _applied(model, plan)
+
+
+def _applied(model: Model, plan: ChannelPlan) -> Model:
     whole = _whole_plan(model, plan)
     pruned = copy_model(model)
     carry_out(pruned, plan)
@@ -175,8 +180,14 @@ def _expect(model: object, caller: str, multiple: int | str = "auto") -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter) or parameter.device.type == "meta":
             raise StateError(f"{caller} was given a model whose {name} has no values; load weights before pruning")
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+        if parameter.is_floating_point() and not _is_finite(parameter.detach()):
             raise NonFiniteError(f"{name}: the weight holds NaN or infinity; expected finite values. Load a good checkpoint")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum with a NaN or an infinity in it is none of the finite numbers; it is found much faster, but may overflow by itself.
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # formats of 8 bits know no sum
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 @contextmanager

@@ -153,6 +153,7 @@ class ValueTrial:
         self._seed = seed
         self._inputs = tree_map(lambda leaf: _random_like(leaf, self._generator), arguments)
         self._widens = False
+        self._last: tuple[ChannelPlan, nn.Module] | None = None
         self._elsewhere: list[tuple[Any, list[Any]]] | None = None
         self._other_numbers: list[tuple[Any, list[Any]]] = []
         self._expected = self._first_outputs()
@@ -166,8 +167,7 @@ class ValueTrial:
 
         Infinite where the pruned model does not run, or an output has another shape or type, or is not a number in other places.
         """
-        model = copy_with(self._model, lambda tensor: tensor)
-        carry_out(model, plan)
+        model = self._pruned(plan)
         try:
             made = self._outputs(model)
         except Exception:  # what the model's own code raises, say on an index that is no channel any more
@@ -185,8 +185,7 @@ class ValueTrial:
             self._elsewhere = list(self._other_runs())
             taken = (self._first_taken(candidates) for candidates in other_numbers(self._model, self._inputs))
             self._other_numbers = [found for found in taken if found is not None]
-        model = copy_with(self._model, lambda tensor: tensor)
-        carry_out(model, plan)
+        model = self._pruned(plan)
         worst = 0.0
         for inputs, expected in self._elsewhere:
             try:
@@ -201,6 +200,14 @@ class ValueTrial:
             if list(map(_form, made)) == list(map(_form, expected)):
                 worst = max(worst, _difference(made, expected))
         return worst
+
+    def _pruned(self, plan: ChannelPlan) -> nn.Module:
+        """The model after this plan. It is kept, since runs leave it as it was and the same plan is compared in several sizes."""
+        if self._last is None or self._last[0] is not plan:
+            model = copy_with(self._model, lambda tensor: tensor)
+            carry_out(model, plan)
+            self._last = plan, model
+        return self._last[1]
 
     def _other_runs(self) -> Iterator[tuple[Any, list[Any]]]:
         smallest = self._inputs

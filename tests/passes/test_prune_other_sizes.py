@@ -180,4 +180,6 @@ def test_axes_of_one_size_change_together_and_the_batch_by_itself() -> None:
     assert [tuple(one[0][0].shape) for one in image[3::3]] == [(2, 3, 8, 8), (2, 3, 5, 8), (2, 3, 8, 5)]
     assert [tuple(one[0][0].shape) for one in channels] == [(2, 2, 8, 8), (2, 1, 8, 8), (2, 6, 8, 8)]
     assert batch[0][1] == {"factor": 2.0}
+    (large,) = other_sizes(((torch.randn(1, 224),), {}))
+    assert [tuple(one[0][0].shape) for one in large] == [(1, 57), (1, 113), (1, 112), (1, 448)]
     assert list(other_sizes(((3,), {}))) == other_batch(((3,), {})) == []

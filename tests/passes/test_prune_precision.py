@@ -100,3 +100,16 @@ def test_complex_numbers_are_compared_in_their_longest_format(function: Callable
     assert difference is not None
     assert 0 < difference < 1e-12
     torch.testing.assert_close(small(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_eight_bits_beside_layers_are_no_obstacle(dtype: torch.dtype) -> None:
+    model = Around(
+        lambda m, x: m.last(torch.relu(m.first(x))) + x @ m.short.to(x.dtype), first=nn.Linear(4, 16), last=nn.Linear(16, 3)
+    )
+    model.register_parameter("short", nn.Parameter(torch.randn(4, 3).to(dtype), requires_grad=False))
+    empty(model.get_parameter("first.weight"), *range(1, 8))
+    x = torch.randn(5, 4)
+    small = sparsefx.prune_channels(model.eval(), x, multiple=1)
+    assert small.get_submodule("first").out_features == 9
+    torch.testing.assert_close(small(x), model(x))

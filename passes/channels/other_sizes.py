@@ -19,6 +19,8 @@ MOST = 4
 
 _LARGE = 128
 """From this size on a quarter is tried first, which tells as much as half of it does and takes a fourth of the time in images."""
+_SMALL = 2**16
+"""Elements of inputs that take little time."""
 
 
 def other_sizes(inputs: Any) -> Iterator[list[Any]]:
@@ -30,12 +32,22 @@ def other_sizes(inputs: Any) -> Iterator[list[Any]]:
     sizes = dict.fromkeys(size for tensor in tensors for size in tensor.shape[1:] if size > 0)
     # The longest first: channels tend to be fewer than places.
     for size in sorted(sizes, reverse=True)[:MOST]:
-        smaller = (size // 4 + 1, size // 2 + 1) if size >= _LARGE else (size // 2 + 1,)
-        wanted = [one for one in dict.fromkeys((*smaller, size // 2, 2 * size)) if one not in (0, size)]
         found = sorted({axis for tensor in tensors for axis in range(1, tensor.dim()) if tensor.shape[axis] == size})
         # A length may be as large as a number of channels by chance.
         together = [found, *([axis] for axis in found if len(found) > 1)]
-        yield [_resized(inputs, _of(axes, size), one) for axes in together for one in wanted]
+        smaller = (size // 4 + 1, size // 2 + 1) if size >= _LARGE else (size // 2 + 1,)
+        # Code may ask on which side of a number a length is; where that costs little, both are tried.
+        sides = ((*smaller, size // 2), (2 * size,)) if _is_small(tensors, found, size) else ((*smaller, size // 2, 2 * size),)
+        for side in sides:
+            wanted = [one for one in dict.fromkeys(side) if one not in (0, size)]
+            if wanted:
+                yield [_resized(inputs, _of(axes, size), one) for axes in together for one in wanted]
+
+
+def _is_small(tensors: Sequence[Tensor], axes: Sequence[int], size: int) -> bool:
+    """Whether inputs are small enough to be tried in twice this size too."""
+    longer = (sum(tensor.shape[axis] == size for axis in axes if axis < tensor.dim()) for tensor in tensors)
+    return size < _LARGE and sum(tensor.numel() * 2**number for tensor, number in zip(tensors, longer, strict=True)) <= _SMALL
 
 
 def other_batch(inputs: Any) -> list[Any]:

@@ -112,6 +112,13 @@ def test_padding_to_a_length_that_the_example_goes_beyond() -> None:
     assert small.get_submodule("first").out_channels == 16
 
 
+@pytest.mark.parametrize("length", [20, 60])
+def test_code_that_asks_how_long_its_input_is(length: int) -> None:
+    model = _around(lambda m, x: m.last(torch.relu(m.first(x)) * (2 if x.shape[1] > 32 else 1)))
+    small = _smaller(model, torch.randn(2, length, 4), torch.randn(2, 32, 4), torch.randn(2, 33, 4))
+    assert small.get_submodule("first").out_features == 16
+
+
 def test_numbers_computed_from_sizes_are_found_by_running_other_ones() -> None:
     model = _around(lambda m, x: m.last(torch.relu(m.first(x)) / x.shape[1] ** 0.5))
     small = _smaller(model, torch.randn(2, 4, 4), torch.randn(2, 16, 4))
@@ -172,13 +179,15 @@ def test_a_choice_between_equal_constants_is_that_constant(function: Callable[[T
 
 def test_axes_of_one_size_change_together_and_the_batch_by_itself() -> None:
     inputs = ((torch.randn(2, 3, 8, 8), torch.ones(2, 8, dtype=torch.bool)), {"factor": 2.0})
-    image, channels = other_sizes(inputs)
+    image, larger, channels, more = other_sizes(inputs)
     batch = other_batch(inputs)
     assert [tuple(leaf.shape) for leaf in batch[0][0]] == [(3, 3, 8, 8), (3, 8)]
-    assert [tuple(one[0][0].shape) for one in image[:3]] == [(2, 3, 5, 5), (2, 3, 4, 4), (2, 3, 16, 16)]
-    assert [tuple(one[0][1].shape) for one in image[:3]] == [(2, 5), (2, 4), (2, 16)]
-    assert [tuple(one[0][0].shape) for one in image[3::3]] == [(2, 3, 8, 8), (2, 3, 5, 8), (2, 3, 8, 5)]
-    assert [tuple(one[0][0].shape) for one in channels] == [(2, 2, 8, 8), (2, 1, 8, 8), (2, 6, 8, 8)]
+    assert [tuple(one[0][0].shape) for one in image[:2]] == [(2, 3, 5, 5), (2, 3, 4, 4)]
+    assert [tuple(one[0][1].shape) for one in image[:2]] == [(2, 5), (2, 4)]
+    assert [tuple(one[0][0].shape) for one in image[2::2]] == [(2, 3, 8, 8), (2, 3, 5, 8), (2, 3, 8, 5)]
+    assert [tuple(one[0][0].shape) for one in larger] == [(2, 3, 16, 16), (2, 3, 8, 8), (2, 3, 16, 8), (2, 3, 8, 16)]
+    assert [tuple(one[0][0].shape) for one in channels] == [(2, 2, 8, 8), (2, 1, 8, 8)]
+    assert [tuple(one[0][0].shape) for one in more] == [(2, 6, 8, 8)]
     assert batch[0][1] == {"factor": 2.0}
     (large,) = other_sizes(((torch.randn(1, 224),), {}))
     assert [tuple(one[0][0].shape) for one in large] == [(1, 57), (1, 113), (1, 112), (1, 448)]

@@ -21,7 +21,8 @@ class PartTracer(fx.Tracer):
     """
 
     def __init__(self, autowrap_modules: tuple[ModuleType, ...] = ()) -> None:
-        super().__init__(autowrap_modules=autowrap_modules)
+        # Releases of torch before 2.15 say that there is exactly one module.
+        super().__init__(autowrap_modules=autowrap_modules)  # type: ignore[arg-type, unused-ignore]
         self.resisting: list[tuple[str, nn.Module, str]] = []
         self._names: dict[int, str] = {}
         self._reads: dict[str, fx.Proxy] = {}

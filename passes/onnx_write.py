@@ -44,6 +44,8 @@ def check_destination(path: Path) -> Path:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ExportError(f"{path}: this is a directory; give the path of the file to write, such as {path / 'model.onnx'}")
+    if target.exists() and not target.is_file():
+        raise ExportError(f"{path}: this is no ordinary file, and writing it would put one in its place; choose another path")
     if not target.parent.is_dir():
         raise ExportError(f"{path}: the directory {target.parent} does not exist; create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK) or (target.exists() and not os.access(target, os.W_OK)):

@@ -17,6 +17,7 @@ from sparsefx.errors import ExportError
 
 # Protobuf refuses messages of 2 GiB; the graph itself needs a little of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**24
+_LONGEST_PREFIX = 48  # characters of the name that a temporary folder repeats
 _LARGEST_INSIDE = 256  # bytes of a tensor that stays in the graph where the others stand beside it
 
 
@@ -53,6 +54,11 @@ def check_destination(path: Path) -> Path:
     return target
 
 
+def temporary_prefix(target: Path) -> str:
+    """How a temporary folder beside a file is called: after it, but no longer than a system allows where that is at the limit."""
+    return f".{target.name[:_LONGEST_PREFIX]}."
+
+
 def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) -> int:
     """Write ``model``, run ``check`` on the written file, and only then put it in place of ``path``.
 
@@ -72,7 +78,7 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
     placed: Path | None = None
     damaged: Path | None = None
     try:
-        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        directory = Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
         # A directory made by mkdtemp is private; the file in it gets the user's own default permissions.
         temporary = directory / target.name
         data = _write(model, temporary, external=tensor_bytes(model) > LARGEST_SINGLE_FILE)

@@ -26,7 +26,7 @@ from sparsefx.passes.compact_weights import densify
 from sparsefx.passes.onnx_check import check_standard, first_line
 from sparsefx.passes.onnx_read import load_data, read_onnx
 from sparsefx.passes.onnx_weights import WeightUse, holds, weight_uses
-from sparsefx.passes.onnx_write import check_destination, destination_of, tensor_bytes, write_checked
+from sparsefx.passes.onnx_write import check_destination, destination_of, temporary_prefix, tensor_bytes, write_checked
 from sparsefx.passes.quantize_names import fold_betas, hide_names, name_nodes, restore_names
 
 OLDEST_OPSET = 13  # quantisation per output channel
@@ -315,7 +315,7 @@ def _quantize(
 def _working_folder(target: Path) -> Iterator[Path]:
     """A folder beside the file to write, since that has to hold as much anyway; gone afterwards."""
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=temporary_prefix(target), dir=target.parent) as folder:
             yield Path(folder)
     except OSError as error:
         raise ExportError(

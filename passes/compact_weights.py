@@ -21,7 +21,7 @@ _DECODER_BYTES, _NAMES_IN_DECODER = 800, 20
 # What Expand and ScatterElements take in every version; 8-bit floats are not among it.
 _FLOATS = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")
 _INTEGERS = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
-_TYPES = frozenset(ir.DataType[name] for name in (*_FLOATS, *_INTEGERS))
+ENCODED_TYPES = frozenset(ir.DataType[name] for name in (*_FLOATS, *_INTEGERS))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def compact(model: ir.Model) -> tuple[str, ...]:
             continue
         if graph.initializers.get(name) is not value or value.is_graph_output() or value.is_graph_input():
             continue
-        if value.const_value.dtype not in _TYPES:
+        if value.const_value.dtype not in ENCODED_TYPES:
             continue
         array = value.const_value.numpy()
         encoded = encode(array, axis) if holds(array, axis, 2, 4) else None

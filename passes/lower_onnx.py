@@ -27,18 +27,20 @@ from sparsefx.passes.onnx_check import (
     check_standard,
     compare,
     default_tolerance,
+    expected_outputs,
     first_line,
     output_names,
     output_tensors,
 )
 from sparsefx.passes.onnx_evaluate import evaluating
-from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes, with_free_batch
+from sparsefx.passes.onnx_inputs import Inputs, random_inputs, resized_shapes, specs_of_leaves, with_free_batch
 from sparsefx.passes.onnx_names import (
     Source,
     adopt_constants,
     fold_transposes,
     make_plain,
     name_folded,
+    name_inputs,
     name_outputs,
     name_sizes,
     strip_metadata,
@@ -55,6 +57,7 @@ Encoding = Literal["plain", "compact"]
 _CHATTY = ("torch", "onnxscript", "onnx_ir")
 # Types that onnxruntime has no CPU kernels for, so that a file in them could not be compared with the model.
 _UNCHECKABLE = (torch.float8_e4m3fn, torch.float8_e5m2)
+_EXAMPLE = "the example inputs"
 _BFLOAT16_OPSET = 22  # the first in which convolutions take bfloat16
 
 
@@ -114,9 +117,6 @@ def lower_onnx(
                 "dynamic_batch and dynamic_shapes were both given; name the batch in dynamic_shapes, or leave it out"
             )
         inputs, dynamic_shapes = with_free_batch(model, inputs)
-    in_bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in (*model.parameters(), *model.buffers()))
-    if in_bfloat16 and opset is None:
-        opset = _BFLOAT16_OPSET
     if generator is None:
         generator = torch.Generator().manual_seed(0)
 
@@ -137,7 +137,11 @@ def lower_onnx(
             with unchanged(model):
                 program = _capture(model, inputs, dynamic_shapes)
             checks.append("the cache of keys and values (use_cache) is left out of the outputs: ONNX has no form for it")
-        exported, sources = _translate(program, opset, output_names(outputs), _size_names(program, dynamic_shapes))
+        in_bfloat16 = _computes_in_bfloat16(program)
+        if in_bfloat16 and opset is None:
+            opset = _BFLOAT16_OPSET
+        sizes = _size_names(program, specs_of_leaves(model, inputs, dynamic_shapes))
+        exported, sources = _translate(program, opset, output_names(outputs), sizes)
         promises = promises_of(model, program)
         if pad_channels:
             checks.extend(map(str, pad_inputs(exported)))
@@ -145,7 +149,8 @@ def lower_onnx(
         plain = {name: value.const_value for name, value in exported.graph.initializers.items()}
         compacted = compact(exported) if weights == "compact" else ()
         if tolerance is None:
-            tolerance = default_tolerance([*model.parameters(), *output_tensors(outputs)])
+            dtypes = {tensor.dtype for tensor in (*model.parameters(), *output_tensors(outputs))}
+            tolerance = default_tolerance(dtypes | ({torch.bfloat16} if in_bfloat16 else set()))
         plan = list(_samples(program, inputs, samples, generator))
         rows: list[ExportedWeight] = []
         errors: list[list[OutputError]] = []
@@ -180,7 +185,7 @@ def lower_onnx(
         for column in zip(*errors, strict=True)
     )
     silent = [row.name for row in worst if row.largest_value == 0]
-    checks += [f"output {name!r} is zero on every sample, so that comparing it proves little" for name in silent]
+    checks += [f"output {name!r} is zero or not finite on every sample, so that comparing it proves little" for name in silent]
     return ExportReport(
         path=str(destination),
         opset=exported.opset_imports[""],
@@ -271,7 +276,8 @@ def _capture(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> torch.exp
     args, kwargs = copies(*inputs)  # torch.export marks dynamic sizes on the tensors, and where it fails the marks stay
     try:
         with _quiet():
-            return torch.export.export(model, args, kwargs or None, dynamic_shapes=_without_names(dynamic_shapes), strict=False)
+            shapes = _without_names(dynamic_shapes)
+            program = torch.export.export(model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         text = first_line(error)
         if "pytree" in str(error):
@@ -283,6 +289,16 @@ def _capture(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> torch.exp
         else:
             remedy = "make the forward free of branches on tensor values, or export the submodule that is"
         raise ExportError(f"torch.export refuses the model: {text}; {remedy}") from error
+    # With examples torch writes a check of the inputs' sizes, which a file has no form for, whenever the program is taken apart;
+    # of a forward with **kwargs it names what is not there, and fails.
+    program.example_inputs = None
+    return program
+
+
+def _computes_in_bfloat16(program: torch.export.ExportedProgram) -> bool:
+    """Whether any value is in bfloat16: a weight, an input, or what is cast to it in between."""
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
 
 
 def _without_names(spec: Any) -> Any:
@@ -296,14 +312,17 @@ def _without_names(spec: Any) -> Any:
     return spec
 
 
-def _size_names(program: torch.export.ExportedProgram, dynamic_shapes: Any) -> dict[str, str]:
-    """The exporter's symbol of each dynamic size that was given a text or a named ``Dim``, and that name."""
+def _size_names(program: torch.export.ExportedProgram, specs: list[Any]) -> dict[str, str]:
+    """The exporter's symbol of each dynamic size that was given a text or a named ``Dim``, and that name.
+
+    Args:
+        program: what was captured.
+        specs: for each of its inputs; see `specs_of_leaves`.
+    """
     inputs = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    given = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
-    by_input = dynamic_shapes if isinstance(dynamic_shapes, dict) else dict(zip(given, dynamic_shapes or (), strict=False))
     names: dict[str, str] = {}
-    for name, spec in by_input.items():
-        value = inputs.get(name)
+    for name, spec in zip(program.graph_signature.user_inputs, specs, strict=True):
+        value = inputs.get(name) if isinstance(name, str) else None
         if not isinstance(value, torch.Tensor):
             continue
         for axis, size in spec.items() if isinstance(spec, dict) else enumerate(spec or ()):
@@ -327,7 +346,9 @@ def _translate(
             translated = torch.onnx.export(program, opset_version=opset, optimize=False, verbose=False)
             assert translated is not None
             sources = fold_transposes(translated.model)
+            given_names = [value.name or "" for value in translated.model.graph.inputs]
             translated.optimize()
+            name_inputs(translated.model, given_names)
             adopt_constants(translated.model)
             translated.model.graph.sort()  # the exporter puts some casts behind what reads them
     except Exception as error:
@@ -361,7 +382,7 @@ def _samples(
     program: torch.export.ExportedProgram, inputs: Inputs, samples: int, generator: torch.Generator
 ) -> Iterator[tuple[str, list[Inputs]]]:
     """What to compare: a name and the inputs, with a second choice where the first may not suit the model."""
-    yield "the example inputs", [inputs]
+    yield _EXAMPLE, [inputs]
     for number in range(1, samples):
         yield f"random sample {number}", [random_inputs(inputs, generator, lambda index: None)]
     larger, smaller = resized_shapes(program, inputs, 1), resized_shapes(program, inputs, -1)
@@ -383,17 +404,23 @@ def _compare_all(
         refusal: Exception | None = None
         for choice in choices:
             try:
-                rows = compare(model, runner, choice, names, tolerance, sample)
-            except (ExportError, OSError):
-                raise
-            except Exception as error:
+                expected = expected_outputs(model, choice)
+            except Exception as error:  # whatever the user's own code raises
                 refusal = error
                 continue
+            rows = compare(expected, runner, choice, names, tolerance, sample)
             checks.append(f"onnxruntime equals the model on {sample} {describe_arguments(*choice)}")
             yield rows
             break
         else:
             assert refusal is not None
+            if sample == _EXAMPLE:
+                # The model itself has run on it before: this is its float32 copy.
+                raise ExportError(
+                    f"the bfloat16 file is checked by a float32 copy of the model, which does not run on the example inputs: "
+                    f"{first_line(refusal)}; take types from the weights in the model's code (x.to(self.weight.dtype)), or "
+                    f"export a model in float32 or float16"
+                ) from refusal
             if sample == "another dynamic size":
                 raise ExportError(
                     f"the shapes are declared dynamic, and the model itself refuses another size: {first_line(refusal)}; "

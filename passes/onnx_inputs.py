@@ -39,7 +39,9 @@ def random_like(example: Tensor, generator: torch.Generator, shape: tuple[int, .
             mean, deviation = 0.0, 1.0
         drawn = torch.randn((*size, 2) if example.is_complex() else size, generator=generator) * deviation + mean
         return (torch.view_as_complex(drawn) if example.is_complex() else drawn).to(example.device, example.dtype)
-    low, high = int(example.min()), int(example.max())
+    # Bounds by numpy, since torch has no smallest and largest of unsigned numbers of more than 8 bits; and the bound that
+    # randint takes lies behind the largest number.
+    low, high = (min(int(bound), 2**63 - 2) for bound in (example.cpu().numpy().min(), example.cpu().numpy().max()))
     return torch.randint(low, high + 1, size, generator=generator, dtype=torch.int64).to(example.device, example.dtype)
 
 
@@ -80,6 +82,46 @@ def with_free_batch(model: nn.Module, inputs: Inputs) -> tuple[Inputs, dict[str,
         else:
             shapes[name] = pytree.tree_map(free, value)
     return (tuple(args), dict(kwargs)), shapes
+
+
+def specs_of_leaves(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> list[Any]:
+    """What ``dynamic_shapes``, as `torch.export.export` takes it, says of each leaf of the inputs; None where it says nothing.
+
+    Args:
+        model: whose forward names the arguments.
+        inputs: positional and keyword arguments, which the model accepts.
+        dynamic_shapes: by argument name, or one entry for each argument in the order of the signature.
+    """
+    args, kwargs = inputs
+    signature = inspect.signature(model.forward)
+    arguments = signature.bind(*args, **kwargs).arguments
+    specs: dict[str, Any] = {}
+    if isinstance(dynamic_shapes, dict):
+        specs = dict(dynamic_shapes)
+    elif dynamic_shapes is not None:
+        specs = dict(zip(arguments, dynamic_shapes, strict=False))
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and name not in kwargs:
+            specs.update(specs.pop(name, None) or {})
+    given = []
+    for name, value in signature.bind_partial(*args).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            given += list(specs.get(name) or [None] * len(value))
+        else:
+            given.append(specs.get(name))
+    pairs = [*zip(args, given, strict=False), *((value, specs.get(name)) for name, value in kwargs.items())]
+    return [spec for value, given in pairs for spec in _specs_within(value, given)]
+
+
+def _specs_within(value: Any, spec: Any) -> list[Any]:
+    """The part of ``spec`` for each leaf of one argument."""
+    if isinstance(value, Tensor):
+        return [spec]
+    if spec is not None and isinstance(value, (list, tuple)) and isinstance(spec, (list, tuple)):
+        return [one for part, given in zip(value, spec, strict=False) for one in _specs_within(part, given)]
+    if isinstance(spec, dict) and isinstance(value, dict):
+        return [one for key, part in value.items() for one in _specs_within(part, spec.get(key))]
+    return [None] * len(pytree.tree_leaves(value))
 
 
 def random_inputs(inputs: Inputs, generator: torch.Generator, resize: Callable[[int], tuple[int, ...] | None]) -> Inputs:

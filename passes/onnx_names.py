@@ -167,6 +167,22 @@ def adopt_constants(model: ir.Model) -> None:
                 graph.register_initializer(value)
 
 
+def name_inputs(model: ir.Model, names: list[str]) -> None:
+    """Name the graph's inputs, in place.
+
+    Where the graph gives an input back, the optimizer puts a copy in between and lets that have the name.
+    """
+    graph = model.graph
+    for value, name in zip(graph.inputs, names, strict=True):
+        if value.name == name:
+            continue
+        for node in graph.all_nodes():
+            for output in node.outputs:
+                if output.name == name:
+                    output.name = _numbered(name, graph)
+        value.name = name
+
+
 def name_outputs(model: ir.Model, names: list[str]) -> None:
     """Name the graph's outputs, in place; a name that another value has stays as the exporter made it."""
     for value, name in zip(model.graph.outputs, names, strict=False):

@@ -67,6 +67,15 @@ def load_data(model: ir.Model) -> None:
         if value.const_value is not None and tensor is not None and value.const_value is not tensor:
             value.const_value.doc_string = tensor.doc_string
             value.const_value.metadata_props.update(tensor.metadata_props)
+    holders: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for holder in holders:
+        for node in ir.traversal.RecursiveGraphIterator(holder):
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    constant = attribute.as_tensor()
+                    if isinstance(constant, ir.ExternalTensor):
+                        copied = ir.Tensor(constant.numpy().copy(), dtype=constant.dtype, name=constant.name)
+                        node.attributes[name] = ir.AttrTensor(name, copied)
 
 
 def _check_versions(path: Path, proto: onnx.ModelProto) -> None:

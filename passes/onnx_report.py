@@ -38,7 +38,7 @@ class OutputError:
         name: of the output in the file.
         largest_absolute: largest ``|model - file|``.
         largest_relative: the same, divided by the largest ``|model|`` of that output in that sample.
-        largest_value: largest ``|model|``; 0 says that the output is zero on every sample, which proves little.
+        largest_value: largest ``|model|``; 0 says that no sample gave a finite number other than zero, which proves little.
     """
 
     name: str

@@ -20,6 +20,7 @@ Array = np.ndarray  # ml_dtypes' bfloat16 included, so the element type stays op
 RECURRENT_OPS = ("LSTM", "GRU", "RNN")
 _QUANTISERS = ("DequantizeLinear", "QuantizeLinear")
 _OLDEST_EVALUATED_QUANTISERS = 19
+_ASYMMETRIC = "its quantisation is asymmetric; sparse kernels need a zero point of zero"
 
 # Which inputs of an op can be weights.
 _OPERANDS = {
@@ -34,6 +35,16 @@ _OPERANDS = {
 # reads it is not followed: the weight is reported as computed in the graph.
 _MOVING_OPS = ("Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat")
 _TRANSPARENT_OPS = frozenset((*_MOVING_OPS, *_QUANTISERS, "Constant"))
+
+_DRAWING_OPS = ("RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+
+# Where ops on whole numbers have the zero point of an operand, and the axis of the operand along which it may run.
+_ZERO_POINTS = {
+    ("ConvInteger", 1): (3, 0),
+    ("QLinearConv", 3): (5, 0),
+    **{("MatMulInteger", operand): (2 + operand, -2 + operand) for operand in (0, 1)},
+    **{("QLinearMatMul", operand): (operand + 2, axis) for operand, axis in ((0, -2), (3, -1))},
+}
 
 # From the most specific to the least; the first that holds is the one reported.
 _MEASURED_PATTERNS = ((2, 4), (4, 8), (8, 16))
@@ -54,6 +65,7 @@ class WeightUse:
         array: the values the op reads; None where they are not constant or not followed.
         problem: why ``array`` is None, or what keeps the weight from being a plain one; empty otherwise.
         groups: of a convolution.
+        stored: the tensors of those among ``initializers`` that are initializers, in whichever graph they stand.
     """
 
     op: str
@@ -66,6 +78,7 @@ class WeightUse:
     array: Array | None
     problem: str
     groups: int = 1
+    stored: tuple[ir.TensorProtocol, ...] = ()
 
 
 def reduction_axis(node: ir.Node, operand: int, rank: int) -> int | None:
@@ -107,7 +120,7 @@ def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
             assert value is not None
             if id(value) not in constant:
                 continue  # an activation
-            names, problem = _origins(value)
+            origins, problem = _origins(value)
             array = None if problem and "Constant" not in problem else _evaluate(value, opset, {})
             if array is None and not problem:
                 problem = "its values could not be computed from the file"
@@ -117,17 +130,22 @@ def weight_uses(model: ir.Model) -> Iterator[WeightUse]:
                 continue
             if problem == "" and array is not None:
                 problem = _asymmetric(value, opset)
+            if array is not None and standard:
+                array, problem = _without_zero_point(node, operand, array, problem, opset)
             yield WeightUse(
                 op=node.op_type,
                 node=node.name or "",
                 operand=operand,
                 value=value,
                 axis=reduction_axis(node, operand, rank) if known else None,
-                initializers=names,
+                initializers=tuple(origin.name or "" for origin in origins),
                 direct=value.is_initializer(),
                 array=array,
                 problem=problem,
                 groups=node.attributes.get_int("group", 1) if "Conv" in node.op_type else 1,
+                stored=tuple(
+                    origin.const_value for origin in origins if origin.is_initializer() and origin.const_value is not None
+                ),
             )
 
 
@@ -165,7 +183,7 @@ def measured_pattern(use: WeightUse) -> str:
     ``2:4-transposable`` where 2:4 also holds along the axis of the outputs.
     """
     array, axis = use.array, use.axis
-    if array is None or axis is None:
+    if array is None or axis is None or not array.size:
         return ""
     for keep, size in _MEASURED_PATTERNS:
         if _holds_in_each_group(use, array, axis, keep, size):
@@ -197,6 +215,11 @@ def tensor_core_reason(use: WeightUse) -> str:
         return use.problem
     array, axis = use.array, use.axis
     assert array is not None
+    if not array.size:
+        return "it holds no value"
+    small = next((tensor.dtype.name.lower() for tensor in use.stored if tensor.dtype.bitwidth < 8), "")
+    if small:
+        return f"{small} weights have no sparse kernel; quantise to INT8"
     if axis is None:
         return f"{use.op} is not known to sum over an axis of this weight"
     if use.op in RECURRENT_OPS:
@@ -238,30 +261,55 @@ def _constant_values(graph: ir.Graph) -> set[int]:
     for node in ir.traversal.RecursiveGraphIterator(graph):
         operands = [operand for operand in node.inputs if operand is not None]
         constant.update(id(operand) for operand in operands if operand.is_initializer())
-        alone = node.op_type == "Constant" or bool(operands)
-        if alone and all(id(operand) in constant for operand in operands):
+        alone = node.op_type == "Constant" or (bool(operands) and node.op_type not in _DRAWING_OPS)
+        if alone and all(id(operand) in constant or operand.is_initializer() for operand in (*operands, *_captured(node))):
             constant.update(id(output) for output in node.outputs)
     return constant
 
 
-def _origins(value: ir.Value) -> tuple[tuple[str, ...], str]:
-    """Names of the initializers that a constant is made from, and why it is not a plain weight."""
-    names: list[str] = []
+def _captured(node: ir.Node) -> list[ir.Value]:
+    """The values from outside that the graphs within a node (the branches of an If, the body of a Loop) read."""
+    inside: set[int] = set()
+    read: list[ir.Value] = []
+    pending = [node]
+    while pending:
+        for attribute in pending.pop().attributes.values():
+            for graph in _graphs_of(attribute):
+                inside.update(id(value) for value in (*graph.inputs, *graph.initializers.values()))
+                read.extend(list(graph.outputs))
+                for inner in graph:
+                    inside.update(id(value) for value in inner.outputs)
+                    read += [value for value in inner.inputs if value is not None]
+                    pending.append(inner)
+    return [value for value in read if id(value) not in inside]
+
+
+def _graphs_of(attribute: ir.Attr) -> tuple[ir.Graph, ...]:
+    if attribute.is_ref():
+        return ()
+    if attribute.type == ir.AttributeType.GRAPH:
+        return (attribute.as_graph(),)
+    return tuple(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else ()
+
+
+def _origins(value: ir.Value) -> tuple[tuple[ir.Value, ...], str]:
+    """The initializers and Constant nodes' values that a constant is made from, and why it is not a plain weight."""
+    found: list[ir.Value] = []
     problems: list[str] = []
     seen: set[int] = set()
     pending = [(value, True)]
     while pending:
-        current, data = pending.pop()  # only data operands (not shapes, axes, scales) give names
+        current, data = pending.pop()  # only data operands (not shapes, axes, scales) count
         if id(current) in seen:
             continue
         seen.add(id(current))
         producer = current.producer()
         if current.is_initializer():  # in old files an initializer is also listed as an input
             if data and current.name:
-                names.append(current.name)
+                found.append(current)
         elif producer is not None and producer.op_type == "Constant":
             if data:
-                names.append(current.name or "")
+                found.append(current)
                 problems.append("it is a Constant node; sparse kernels take plain initializers only")
         elif producer is not None:
             if producer.op_type not in _TRANSPARENT_OPS:
@@ -272,7 +320,7 @@ def _origins(value: ir.Value) -> tuple[tuple[str, ...], str]:
                 if operand is not None
             ]
             pending.extend(reversed(operands))
-    return tuple(names), problems[0] if problems else ""
+    return tuple(found), problems[0] if problems else ""
 
 
 def _evaluate(value: ir.Value, opset: int, known: dict[int, Array | None]) -> Array | None:
@@ -313,6 +361,18 @@ def _evaluate(value: ir.Value, opset: int, known: dict[int, Array | None]) -> Ar
     return result
 
 
+def _without_zero_point(node: ir.Node, operand: int, array: Array, problem: str, opset: int) -> tuple[Array, str]:
+    """What the whole numbers that an op reads stand for, up to their scale; and the problem, where zero is no zero."""
+    place, axis = _ZERO_POINTS.get((node.op_type, operand), (0, 0))
+    point = node.inputs[place] if 0 < place < len(node.inputs) else None
+    zero = None if point is None else _evaluate(point, opset, {})
+    if zero is None or not (zero != 0).any():
+        return array, problem
+    if zero.ndim == 1 and zero.size > 1:
+        zero = zero.reshape([-1 if index == axis % array.ndim else 1 for index in range(array.ndim)])
+    return array.astype(np.int32) - zero.astype(np.int32), problem or _ASYMMETRIC
+
+
 def _is_tensor(attribute: ir.Attr | None) -> bool:
     return attribute is not None and attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
 
@@ -325,6 +385,6 @@ def _asymmetric(value: ir.Value, opset: int) -> str:
             zero_point = producer.inputs[2]
             array = None if zero_point is None else _evaluate(zero_point, opset, {})
             if array is not None and bool((array != 0).any()):
-                return "its quantisation is asymmetric; sparse kernels need a zero point of zero"
+                return _ASYMMETRIC
         producer = producer.inputs[0].producer()
     return ""

@@ -17,6 +17,7 @@ from sparsefx.errors import ExportError
 
 # Protobuf refuses messages of 2 GiB; the graph itself needs a little of that.
 LARGEST_SINGLE_FILE = 2**31 - 2**24
+_LONGEST_PREFIX = 48  # characters of the name that a temporary folder repeats
 _LARGEST_INSIDE = 256  # bytes of a tensor that stays in the graph where the others stand beside it
 
 
@@ -44,11 +45,18 @@ def check_destination(path: Path) -> Path:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ExportError(f"{path}: this is a directory; give the path of the file to write, such as {path / 'model.onnx'}")
+    if target.exists() and not target.is_file():
+        raise ExportError(f"{path}: this is no ordinary file, and writing it would put one in its place; choose another path")
     if not target.parent.is_dir():
         raise ExportError(f"{path}: the directory {target.parent} does not exist; create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise ExportError(f"{path}: there is no permission to write here; choose another path")
     return target
+
+
+def temporary_prefix(target: Path) -> str:
+    """How a temporary folder beside a file is called: after it, but no longer than a system allows where that is at the limit."""
+    return f".{target.name[:_LONGEST_PREFIX]}."
 
 
 def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) -> int:
@@ -70,7 +78,7 @@ def write_checked(model: ir.Model, path: Path, check: Callable[[Path], None]) ->
     placed: Path | None = None
     damaged: Path | None = None
     try:
-        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        directory = Path(tempfile.mkdtemp(prefix=temporary_prefix(target), dir=target.parent))
         # A directory made by mkdtemp is private; the file in it gets the user's own default permissions.
         temporary = directory / target.name
         data = _write(model, temporary, external=tensor_bytes(model) > LARGEST_SINGLE_FILE)

@@ -300,7 +300,7 @@ def _gains(
             weight, name = reader.weight(), reader.read.weight.name
             parts = (float(weight.double().abs().sum()), kept_magnitude(weight), kept_magnitude(weight, order))
             numbers[name] = numbers.get(name, np.zeros(3)) + parts
-            channels[name] = channels.get(name, 0) + (len(group) if id(group) in moved else 0)
+            channels[name] = channels.get(name, 0) + (reader.columns.size if id(group) in moved else 0)
     layers = tuple(
         OrderedLayer(name, channels[name], float(before / all_of_it), float(after / all_of_it))
         for name, (all_of_it, before, after) in numbers.items()

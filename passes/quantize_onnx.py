@@ -26,7 +26,8 @@ from sparsefx.passes.compact_weights import densify
 from sparsefx.passes.onnx_check import check_standard, first_line
 from sparsefx.passes.onnx_read import load_data, read_onnx
 from sparsefx.passes.onnx_weights import WeightUse, holds, weight_uses
-from sparsefx.passes.onnx_write import check_destination, destination_of, tensor_bytes, write_checked
+from sparsefx.passes.onnx_write import check_destination, destination_of, temporary_prefix, tensor_bytes, write_checked
+from sparsefx.passes.quantize_names import fold_betas, hide_names, name_nodes, restore_names
 
 OLDEST_OPSET = 13  # quantisation per output channel
 Method = Literal["minmax", "entropy", "percentile"]
@@ -119,24 +120,30 @@ def quantize_onnx(
     opset = model.opset_imports.get("", 0) or model.opset_imports.get("ai.onnx", 0)
     if opset < OLDEST_OPSET:
         raise ExportError(f"{path}: it has opset {opset}, and INT8 per channel needs {OLDEST_OPSET} or later; export it again")
-    _name_nodes(model)
+    name_nodes(model)
     uses, left = _chosen(model, exclude)
     if not uses:
         told = "; ".join(f"{name}: {reason}" for name, reason in left[:3])
         raise ExportError(f"{path}: there is no weight to quantise ({told or 'no convolution or matrix product was found'})")
     batches = _batches(model, calibration)
+    nodes = sorted({use.node for use in uses})
+    fold_betas(model, nodes)
+    hidden = hide_names(model)
     before = {use.value.name or "": use for use in uses}
+    present = {name: now for now, name in hidden.items()}
+    fed = [{present.get(name, name): array for name, array in batch.items()} for batch in batches]
     with _working_folder(target) as folder:
         plain, quantized = folder / "float.onnx", folder / "int8.onnx"
         large = tensor_bytes(model) > onnx_write.LARGEST_SINGLE_FILE
         ir.save(model, plain, format="protobuf", external_data="float.data" if large else None)
-        _quantize(plain, quantized, batches, sorted({use.node for use in uses}), method, large)
+        _quantize(plain, quantized, fed, nodes, method, large)
         result, _ = read_onnx(quantized)
         load_data(result)
         _strip(result)
-        weights = _check_zeros(result, before)
+        weights = _check_zeros(result, before, hidden)
         _carry_metadata(result, before)
-        float_outputs = list(_outputs(plain, batches))
+        restore_names(result, hidden)
+        float_outputs = list(_outputs(plain, fed))
     measured: list[tuple[dict[str, float], dict[str, float]]] = []
 
     def check(file: Path) -> None:
@@ -157,15 +164,6 @@ def check_method(method: str) -> Method:
     raise OptionError(f"method={method!r} was given; expected one of {', '.join(map(repr, get_args(Method)))}")
 
 
-def _name_nodes(model: ir.Model) -> None:
-    """Give nodes without a name one, in place: the quantiser is told which nodes to take by name."""
-    taken = {node.name for node in model.graph.all_nodes()}
-    for number, node in enumerate(model.graph):
-        if not node.name:
-            name = f"{node.op_type}_{number}"
-            node.name = name if name not in taken else f"{name}_sparsefx"
-
-
 def _chosen(model: ir.Model, exclude: Sequence[str]) -> tuple[list[WeightUse], list[tuple[str, str]]]:
     """The weights to quantise, and those left with their reasons."""
     uses: list[WeightUse] = []
@@ -184,6 +182,8 @@ def _chosen(model: ir.Model, exclude: Sequence[str]) -> tuple[list[WeightUse], l
             left.append((name, "it is no plain initializer"))
         elif use.array.dtype != np.float32:
             left.append((name, f"it is {use.array.dtype.name}; export the model in float32"))
+        elif not np.isfinite(use.array).all():
+            left.append((name, "it holds NaN or infinity"))
         elif use.operand != 1 or not any(id(user) in own for user, _ in use.value.uses()):
             left.append((name, "it is the left operand, or stands in a subgraph"))
         elif use.op == "MatMul" and use.array.ndim > 2:
@@ -224,9 +224,17 @@ def _batches(model: ir.Model, calibration: Iterable[Any]) -> list[dict[str, np.n
             if len(given) < len(names):
                 raise OptionError(f"calibration batch {number} has {len(given)} values; the file's inputs are {', '.join(names)}")
         arrays = [value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for value in given]
-        batches.append(dict(zip(names, arrays, strict=False)))
+        named = dict(zip(names, arrays, strict=False))
+        unusable = [name for name, array in named.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+        if unusable:
+            raise OptionError(
+                f"calibration batch {number} holds NaN or infinity in {unusable[0]!r}, which has no range; give finite data"
+            )
+        batches.append(named)
     if not batches:
         raise OptionError("calibration held no batch; give at least one, and better a few hundred samples")
+    if all(array.size == 0 for batch in batches for array in batch.values()):
+        raise OptionError("calibration held empty batches only; give at least one sample, and better a few hundred")
     return batches
 
 
@@ -307,7 +315,7 @@ def _quantize(
 def _working_folder(target: Path) -> Iterator[Path]:
     """A folder beside the file to write, since that has to hold as much anyway; gone afterwards."""
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=temporary_prefix(target), dir=target.parent) as folder:
             yield Path(folder)
     except OSError as error:
         raise ExportError(
@@ -336,7 +344,7 @@ def _strip(model: ir.Model) -> None:
     model.metadata_props.clear()
 
 
-def _check_zeros(model: ir.Model, before: dict[str, WeightUse]) -> tuple[QuantizedWeight, ...]:
+def _check_zeros(model: ir.Model, before: dict[str, WeightUse], hidden: dict[str, str]) -> tuple[QuantizedWeight, ...]:
     """Every zero is still a zero, every zero point is zero, and what was 2:4 is 2:4."""
     found: dict[str, QuantizedWeight] = {}
     for use in weight_uses(model):
@@ -355,7 +363,7 @@ def _check_zeros(model: ir.Model, before: dict[str, WeightUse]) -> tuple[Quantiz
         if lost or (sparse and not holds(array, old.axis, 2, 4)):
             raise ExportError(f"{name}: {lost} zeros became something else in INT8; this is a fault of the quantiser: exclude it")
         densities = [float(np.count_nonzero(values != 0)) / values.size for values in (old.array, array)]
-        found[name] = QuantizedWeight(name, "2:4" if sparse else "", *densities)
+        found[name] = QuantizedWeight(hidden.get(name, name), "2:4" if sparse else "", *densities)
     missing = before.keys() - found.keys()
     if missing:
         raise ExportError(f"{min(missing)}: onnxruntime left it in float; exclude it, or report this")
@@ -402,5 +410,6 @@ def _compare(
                 seen = rows.setdefault(name, [0, 0])
                 seen[0] += int((a.argmax(1) == b.argmax(1)).sum())
                 seen[1] += len(a)
+    rows = {name: seen for name, seen in rows.items() if seen[1]}
     errors = {name: (error / total) ** 0.5 if total else error**0.5 for name, (error, total) in squares.items()}
     return errors, {name: same / count for name, (same, count) in rows.items()}

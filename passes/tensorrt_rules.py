@@ -42,13 +42,18 @@ def build_condition(dtype: str, *, quantised: bool) -> str:
     return ""
 
 
-def stored_bytes(shape: tuple[int, ...], item_bytes: int, nonzero: int, *, two_of_four: bool) -> dict[str, int | None]:
+def stored_bytes(shape: tuple[int, ...], item_bits: int, nonzero: int, *, encodes: bool) -> dict[str, int | None]:
     """Bytes of a weight's data in each encoding that a file may have.
 
-    ``plain``: every value. ``compact``: two values and 4 bits for each group of four, None where the weight is not 2:4.
-    ``sparse_initializer``: ONNX's own sparse tensor, a value and an INT64 index for each non-zero.
+    ``plain``: every value. ``compact``: two values and 4 bits for each group of four, None where the weight is not 2:4 or not
+    of a type that is encoded (``encodes``). ``sparse_initializer``: ONNX's own sparse tensor, a value and an INT64 index for each
+    non-zero.
     """
     size = math.prod(shape)
     groups = size // 4
-    compact = groups * 2 * item_bytes + (groups + 1) // 2 if two_of_four else None
-    return {"plain": size * item_bytes, "compact": compact, "sparse_initializer": nonzero * (item_bytes + 8)}
+    compact = groups * 2 * item_bits // 8 + (groups + 1) // 2 if encodes else None
+    return {
+        "plain": -(-size * item_bits // 8),
+        "compact": compact,
+        "sparse_initializer": -(-nonzero * item_bits // 8) + 8 * nonzero,
+    }

@@ -68,10 +68,13 @@ def check_place(path: str | os.PathLike[str]) -> Path:
     try:
         target = Path(os.path.realpath(path))
         is_directory = target.is_dir()
+        is_other = not is_directory and target.exists() and not target.is_file()
     except (TypeError, ValueError, OSError) as error:
         raise OptionError(f"path={path!r} was given; expected the path of the file to write, as text") from error
     if is_directory:
         raise OptionError(f"{target}: this is a directory; give the path of the file to write")
+    if is_other:
+        raise OptionError(f"{target}: this is no ordinary file, and writing it would put one in its place; choose another path")
     if not target.parent.is_dir():
         raise OptionError(f"{target}: the directory {target.parent} does not exist; create it first")
     return target

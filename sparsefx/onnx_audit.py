@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common
 
-from sparsefx.passes.compact_weights import densify
+from sparsefx.passes.compact_weights import ENCODED_TYPES, densify
 from sparsefx.passes.onnx_read import read_onnx
 from sparsefx.passes.onnx_verify import SOURCE_KEY
 from sparsefx.passes.onnx_weights import (
@@ -79,17 +79,16 @@ def audit_onnx(path: str | os.PathLike[str]) -> tuple[OnnxWeight, ...]:
     if model.functions:
         ir.passes.common.InlinePass()(model)
     compact = frozenset(densify(model))
-    return tuple(_row(use, model.graph, sparse, compact) for use in weight_uses(model))
+    return tuple(_row(use, sparse, compact) for use in weight_uses(model))
 
 
-def _row(use: WeightUse, graph: ir.Graph, sparse: frozenset[str], compact: frozenset[str]) -> OnnxWeight:
+def _row(use: WeightUse, sparse: frozenset[str], compact: frozenset[str]) -> OnnxWeight:
     array, axis = use.array, use.axis
     shape = () if array is None else tuple(int(size) for size in array.shape)
-    tensors = [graph.initializers[name].const_value for name in use.initializers if name in graph.initializers]
-    stored = next((tensor for tensor in tensors if tensor is not None), None)
+    stored = next(iter(use.stored), None)
     dtype = np.dtype(stored.dtype.numpy()) if stored is not None else (np.dtype(np.void) if array is None else array.dtype)
     pattern = measured_pattern(use)
-    reason, encoding = tensor_core_reason(use), "plain" if tensors else "computed"
+    reason, encoding = tensor_core_reason(use), "plain" if use.stored else "computed"
     if not sparse.isdisjoint(use.initializers):
         encoding = "sparse"
         reason = "it is stored as a sparse tensor, which TensorRT rejects; write it as a plain initializer"
@@ -97,8 +96,11 @@ def _row(use: WeightUse, graph: ir.Graph, sparse: frozenset[str], compact: froze
         encoding = "compact"
         reason = reason or "it is in the compact encoding, which TensorRT does not take for a weight; run sparsefx densify first"
     picked, note = _prediction(use, shape, dtype.name, reason)
-    sources = [tensor.metadata_props.get(SOURCE_KEY, "") for tensor in tensors if tensor is not None]
+    sources = [tensor.metadata_props.get(SOURCE_KEY, "") for tensor in use.stored]
     note = "; ".join(filter(None, (note, _padding(use, stored, encoding))))
+    bits = 8 * dtype.itemsize if stored is None else stored.dtype.bitwidth
+    # Zeros that are not stored as zeros cannot be left out.
+    encodes = pattern.startswith("2:4") and not use.problem and stored is not None and stored.dtype in ENCODED_TYPES
     nonzero = 0 if array is None else int(np.count_nonzero(array != 0))
     return OnnxWeight(
         name="+".join(use.initializers),
@@ -113,7 +115,7 @@ def _row(use: WeightUse, graph: ir.Graph, sparse: frozenset[str], compact: froze
         reason=reason,
         likely_picked=picked,
         note=note,
-        bytes=stored_bytes(shape, dtype.itemsize, nonzero, two_of_four=pattern.startswith("2:4")) if array is not None else {},
+        bytes=stored_bytes(shape, bits, nonzero, encodes=encodes) if array is not None else {},
         encoding=encoding,
     )
 

@@ -271,3 +271,23 @@ def test_sparse_models_and_wrong_options_are_refused() -> None:
     sparsefx.sparsify(model)
     with pytest.raises(StateError, match=r"before sparsefx\.sparsify"):
         sparsefx.permute_channels(model, torch.randn(2, 16))
+
+
+def test_columns_of_grouped_queries_are_counted_as_often_as_they_are_read() -> None:
+    class Grouped(nn.Module):
+        """Two heads of values of 16 channels, each for two heads of queries."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.back = nn.Linear(32, 64), nn.Linear(64, 32)
+            self.key, self.value = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = (part(x).unflatten(-1, (-1, 16)).transpose(1, 2) for part in (self.query, self.key, self.value))
+            mixed = functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+            return self.back(mixed.transpose(1, 2).flatten(2))
+
+    model = Grouped()
+    _in_runs(model.back.weight)
+    order = sparsefx.channel_order(model, torch.randn(2, 5, 32), moves=20_000)
+    assert {layer.weight: layer.channels for layer in order.layers}["back.weight"] == 64

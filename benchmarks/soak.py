@@ -108,8 +108,8 @@ def _check(model: nn.Module, wanted: int, before: dict[str, Tensor], found: Find
     found.moved += moved
 
 
-def soak(algorithm: str, pattern: str, options: dict[str, Any], steps: int) -> Findings:
-    """Train for ``steps`` steps on noisy targets, whose gradients keep masks moving."""
+def soak(algorithm: str, pattern: str, options: dict[str, Any], steps: int, looks: int = 10) -> Findings:
+    """Train for ``steps`` steps on noisy targets, whose gradients keep masks moving; memory is looked at ``looks`` times."""
     model, found = _net(), Findings(" ".join(filter(None, (algorithm, pattern, options.get("exploit", "")))))
     data = torch.Generator().manual_seed(1)
     wanted = 0
@@ -121,7 +121,7 @@ def soak(algorithm: str, pattern: str, options: dict[str, Any], steps: int) -> F
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     if pattern:
         sparsefx.attach(model, optimizer, total_steps=steps, **options)
-    tenth = max(1, steps // 10)
+    between = max(1, steps // looks)
     seconds: list[float] = []
     for step in range(1, steps + 1):
         x = torch.randn(16, 32, generator=data)
@@ -133,7 +133,7 @@ def soak(algorithm: str, pattern: str, options: dict[str, Any], steps: int) -> F
         seconds.append(time.thread_time() - started)
         if pattern:
             _check(model, wanted, before, found)
-        if step % tenth == 0:
+        if step % between == 0:
             found.seconds.append(statistics.median(seconds))
             seconds.clear()
             gc.collect()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 CHECK = """
 from benchmarks.soak import METHODS, soak
 for algorithm, pattern, options in METHODS:
-    found = soak(algorithm, pattern, options, 60)
+    found = soak(algorithm, pattern, options, 60, looks=3)
     assert not found.wrong_counts and not found.leaks, found
     assert found.tensors[-1] <= found.tensors[0], found
     assert found.moved > (20 if pattern else -1), found

@@ -41,7 +41,7 @@ PARTS = {
     "trial runs": ("sparsefx.passes.prune_channels.ShapeTrial.failure",),
     "float64": ("sparsefx.passes.prune_channels.ValueTrial.__init__", "sparsefx.passes.prune_channels.ValueTrial.difference"),
     "other sizes": ("sparsefx.passes.prune_channels.ValueTrial.difference_elsewhere",),
-    "surgery": ("sparsefx.pruning.apply_channel_plan",),
+    "surgery": ("sparsefx.pruning._applied",),
 }
 """What belongs to which part; the rest is analysis."""
 
@@ -128,8 +128,7 @@ def long_network(nodes: int) -> nn.Module:
 
 
 def told(spent: dict[str, float], scale: float = 1.0, unit: str = "s") -> str:
-    names = ["torch.export", "analysis", "trial runs", "surgery", "float64", "all"]
-    return ", ".join(f"{name} {spent[name] * scale:.2f}" for name in names) + f" {unit}"
+    return ", ".join(f"{name} {spent[name] * scale:.2f}" for name in (*PARTS, "analysis", "all")) + f" {unit}"
 
 
 def main(

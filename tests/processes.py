@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -25,4 +26,6 @@ def _process(rank: int, processes: int, scenario: Scenario, folder: str) -> None
         "gloo", init_method=store, rank=rank, world_size=processes, timeout=timedelta(minutes=10)
     )
     torch.save(scenario(rank), f"{folder}/{scenario.__name__}.{rank}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # torch's own threads now and then abort the interpreter as it winds up ("terminate called without ...")

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import PassError
 from torch import nn
 
 from sparsefx.capture.arguments import copies, describe_arguments, split_arguments
@@ -352,9 +353,8 @@ def _translate(
             adopt_constants(translated.model)
             translated.model.graph.sort()  # the exporter puts some casts behind what reads them
     except Exception as error:
-        cause = error.__cause__ or error
         raise ExportError(
-            f"the model has no ONNX form: {first_line(cause)}; replace that op in the model, or try a newer opset"
+            f"the model has no ONNX form: {first_line(_cause(error))}; replace that op in the model, or try a newer opset"
         ) from error
     model = translated.model
     round_folded(model)
@@ -368,6 +368,14 @@ def _translate(
     if given is None or (opset is not None and given != opset):
         raise ExportError(f"opset {opset} was asked for, and the exporter could only write opset {given}; ask for that one")
     return model, sources
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the exporter says of its failure: one error deeper, but for those that only tell which pass it was in."""
+    cause = error.__cause__ or error
+    while isinstance(cause, PassError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    return cause
 
 
 def _constant_outputs(program: torch.export.ExportedProgram) -> list[Any]:

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper
+from onnx_ir.passes import PassError
 from onnx_models import make_sparse, randomise_norms, sparsify_by_hand
 from torch import Tensor, nn
 
@@ -186,6 +187,48 @@ def test_attention_over_any_number_of_axes(tmp_path: Path, causal: bool, masked:
     report = lower_onnx(model, torch.randn(2, 24 if windows else 6, 16), tmp_path / "model.onnx")
     assert report.largest_relative_error < 1e-5
     assert report.outputs[0].largest_value > 0.1
+
+
+class Joined(nn.Module):
+    """Two inputs go through one layer together and are parted again, as optical flow networks do with two images."""
+
+    def __init__(self, split: bool, axis: int) -> None:
+        super().__init__()
+        self.layer, self.split, self.axis = nn.Linear(16, 16), split, axis
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        both = self.layer(torch.cat([first, second]))
+        left, right = both.split(first.shape[0], self.axis) if self.split else both.chunk(2, self.axis)
+        low, high = right.chunk(2, -1)
+        return torch.cat([left * high.repeat(1, 2), left - low.repeat(1, 2)], 1)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("axis", [0, -2])
+def test_a_free_batch_is_parted_in_equal_parts(tmp_path: Path, split: bool, axis: int) -> None:
+    model = Joined(split, axis).eval()
+    lower_onnx(model, (torch.randn(2, 16), torch.randn(2, 16)), tmp_path / "model.onnx", dynamic_batch=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for batch in (1, 2, 5):
+        first, second = torch.randn(batch, 16), torch.randn(batch, 16)
+        (found,) = session.run(None, {"first": first.numpy(), "second": second.numpy()})
+        np.testing.assert_allclose(found, model(first, second).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_reason_of_the_exporter_is_told_and_not_the_pass_it_was_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        try:
+            try:
+                raise RuntimeError("no folding of node_split")
+            except RuntimeError as reason:
+                raise PassError("at step 0") from reason
+        except PassError as error:
+            raise PassError("when running a pass") from error
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", fails)
+    with pytest.raises(ExportError, match="has no ONNX form: no folding of node_split; replace"):
+        lower_onnx(nn.Linear(16, 16), torch.randn(2, 16), tmp_path / "model.onnx")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_size_that_the_model_fixes_is_told_and_the_inputs_are_as_before(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsefx
-from sparsefx.errors import NonFiniteError, OptimizerError, OptionError, StateError
+from sparsefx.errors import CaptureError, NonFiniteError, OptimizerError, OptionError, StateError
 from sparsefx.passes.channels.widths import holds
 from sparsefx.sparse_parameter import sparse_parameters
 
@@ -36,6 +36,23 @@ class Small(nn.Module):
 
 def _image() -> Tensor:
     return torch.randn(2, 3, 8, 8)
+
+
+def test_inputs_that_the_model_does_not_take_are_told_from_a_model_that_cannot_be_followed() -> None:
+    class Branching(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.mean() > 0 else -x)
+
+    model = Branching()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CaptureError, match=r"Branching cannot be followed: .* prune the largest of its submodules"):
+        sparsefx.prune_channels(model, _image())
+    with pytest.raises(
+        CaptureError, match=r"does not run on the example inputs \(float32\[2, 4, 8, 8\]\): .*4 channels.*give inputs"
+    ):
+        sparsefx.prune_channels(model, torch.randn(2, 4, 8, 8))
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_pruned_model_is_of_its_class_and_the_given_one_is_untouched() -> None:

@@ -117,6 +117,12 @@ def last_state(model: nn.Module, x: Tensor) -> Tensor:
     return model.head(model.cells(x)[1][0][-1])  # type: ignore[operator, no-any-return]
 
 
+needs_batch_first_states = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14),
+    reason="torch.export of torch 2.11 takes the states of an LSTM with batch_first for another shape (2.14 does not)",
+)
+
+
 def all_states(model: nn.Module, x: Tensor) -> Tensor:
     _, (hidden, _) = model.cells(x)  # type: ignore[operator]
     return model.head(hidden.transpose(0, 1).flatten(1))  # type: ignore[operator, no-any-return]
@@ -128,7 +134,12 @@ def sum_of_states(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("code", "width", "left"), [(last_state, UNITS, 5), (all_states, 2 * UNITS, 5), (sum_of_states, UNITS, 6)]
+    ("code", "width", "left"),
+    [
+        (last_state, UNITS, 5),
+        pytest.param(all_states, 2 * UNITS, 5, marks=needs_batch_first_states),
+        (sum_of_states, UNITS, 6),
+    ],
 )
 def test_what_code_does_with_last_states(code: Callable[[nn.Module, Tensor], Tensor], width: int, left: int) -> None:
     model = filled(Around(code, cells=nn.LSTM(5, UNITS, bidirectional=True, batch_first=True), head=nn.Linear(width, 3))).eval()

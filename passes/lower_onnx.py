@@ -19,8 +19,9 @@ from torch import nn
 
 from sparsefx.capture.arguments import copies, describe_arguments, split_arguments
 from sparsefx.capture.caches import caches, without_caches
+from sparsefx.capture.examples import run_examples
 from sparsefx.capture.state import unchanged
-from sparsefx.errors import CaptureError, ExportError, NonFiniteError, OptionError, StateError
+from sparsefx.errors import ExportError, NonFiniteError, OptionError, StateError
 from sparsefx.passes.compact_weights import compact, densify
 from sparsefx.passes.onnx_bfloat16 import float32_inputs, float32_model, round_folded, write_float32_twin
 from sparsefx.passes.onnx_check import (
@@ -201,15 +202,8 @@ def lower_onnx(
 
 def _run(model: nn.Module, inputs: Inputs) -> Any:
     """The model's outputs on the example inputs, which it may change and does not."""
-    try:
-        own_args, own_kwargs = copies(*inputs)
-        with unchanged(model):
-            outputs = model(*own_args, **own_kwargs)
-    except Exception as error:
-        raise CaptureError(
-            f"the model does not run on the example inputs {describe_arguments(*inputs)}: {type(error).__name__}: "
-            f"{first_line(error)}; give inputs that model(*args, **kwargs) accepts"
-        ) from error
+    with unchanged(model):
+        outputs = run_examples(model, *inputs)
     if not output_tensors(outputs):
         raise ExportError("the model returns no tensor; an ONNX file needs at least one output")
     return outputs

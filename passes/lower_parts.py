@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsefx.capture.arguments import copies, describe_arguments, split_arguments
+from sparsefx.capture.arguments import copies, split_arguments
+from sparsefx.capture.examples import run_examples
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError, ExportError
 from sparsefx.layers import known_weights
 from sparsefx.passes.lower_onnx import lower_onnx
-from sparsefx.passes.onnx_check import first_line
 from sparsefx.passes.onnx_evaluate import evaluating
 from sparsefx.passes.onnx_inputs import Inputs
 from sparsefx.passes.onnx_report import ExportReport
@@ -118,14 +118,8 @@ def recorded_calls(model: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     with evaluating(model), unchanged(model):
         handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules() if module is not model]
         try:
-            own_args, own_kwargs = copies(*inputs)
             with torch.no_grad():
-                model(*own_args, **own_kwargs)
-        except Exception as error:
-            raise CaptureError(
-                f"the model does not run on the example inputs {describe_arguments(*inputs)}: {type(error).__name__}: "
-                f"{first_line(error)}; give inputs that model(*args, **kwargs) accepts"
-            ) from error
+                run_examples(model, *inputs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from sparsefx.capture.arguments import copies, describe_arguments
+from sparsefx.capture.examples import first_text, run_examples
 from sparsefx.capture.export import exported_program
 from sparsefx.capture.state import unchanged
 from sparsefx.errors import CaptureError
@@ -74,30 +74,15 @@ def capture_channels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             if _writes_through_views(program.graph):
                 program = program.run_decompositions({})
         except Exception as error:  # export may raise anything, from its own refusals to the model's own errors
-            _expect_to_run(model, args, kwargs)
+            with torch.no_grad():
+                run_examples(model, args, kwargs)
             raise CaptureError(
-                f"channels of {type(model).__name__} cannot be followed: torch.export refuses it ({_told(error)}); prune the "
-                "largest of its submodules that can be exported, each with inputs of its own"
+                f"channels of {type(model).__name__} cannot be followed: torch.export refuses it ({first_text(error)}); prune "
+                "the largest of its submodules that can be exported, each with inputs of its own"
             ) from error
     outputs = frozenset(name for name in program.graph_signature.user_outputs if isinstance(name, str))
     weights = _weights(model, program)
     return ChannelGraph(program.graph, weights, outputs, training, _changing(program, weights))
-
-
-def _expect_to_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    own_args, own_kwargs = copies(args, kwargs)
-    try:
-        with torch.no_grad():
-            model(*own_args, **own_kwargs)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} does not run on the example inputs {describe_arguments(args, kwargs)}: "
-            f"{type(error).__name__}: {_told(error)}; give inputs that model(*args, **kwargs) accepts"
-        ) from error
-
-
-def _told(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 def module_path(node: fx.Node) -> str:
